@@ -1,0 +1,213 @@
+"""The target folder of one rewrite: locked, atomic, resumable.
+
+A run works inside its target. Finished files get their final name only after fsync; `config.json`,
+without which no engine loads the folder, comes last. A journal (`.gemma4q-run.jsonl`) holds the
+run's identity, then a line for each finished shard; it is also the lock, and goes when all is done.
+So a kill at any moment leaves a folder that the same command completes, with the same bytes.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+from vllm_gemma4q.checkpoint.header import read_json
+from vllm_gemma4q.errors import InputError
+
+JOURNAL = ".gemma4q-run.jsonl"
+MANIFEST = "gemma4q-manifest.json"
+_PARTIAL = ".partial"
+
+
+class WriteError(InputError):
+    """The target cannot be written: unlike other bad input, this may be mended and the run resumed."""
+
+
+@dataclass(frozen=True)
+class FinishedFile:
+    """One output file as it lies on disk."""
+
+    name: str
+    n_bytes: int
+    sha256: str
+
+
+class Run:
+    """Exclusive hold of a target folder for one rewrite, as a context manager.
+
+    Args:
+        target: output folder; created when absent, otherwise empty or left by the same run.
+        identity: JSON values that decide every output byte: a resumed run must have the same.
+
+    On an InputError in the source everything that this rewrite wrote is removed. On any other failure,
+    finished shards and the journal stay, so that the run can resume; half-written files never do.
+    """
+
+    def __init__(self, target: Path, identity: Mapping[str, Any]):
+        self.target = target
+        self.identity = json.loads(json.dumps(identity))
+        self.finished: dict[str, FinishedFile] = {}
+        self._created: list[Path] = []
+        self._journal: BinaryIO | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether an earlier run of the same identity has finished."""
+        manifest = self.target / MANIFEST
+        if (self.target / JOURNAL).exists() or not manifest.is_file():
+            return False
+        return bool(read_json(manifest).get("identity") == self.identity)
+
+    def __enter__(self) -> Self:
+        try:
+            with _as_input_error(self.target):
+                self._create_folder()
+                self._open_journal()
+        except BaseException:
+            if self._journal is not None:
+                self._journal.close()
+            for path in reversed(self._created):
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        assert self._journal is not None
+        # Removed while the lock is held: another run may take the folder the moment it is released.
+        if kind is not None:
+            with contextlib.suppress(OSError):
+                self._clean_up(keep_finished=not issubclass(kind, InputError) or issubclass(kind, WriteError))
+        self._journal.close()
+
+    def require_space(self, n_bytes: int) -> None:
+        """Raises InputError when the target's disk has less room than the shards still to be written need."""
+        free = shutil.disk_usage(self.target).free
+        needed = n_bytes - sum(file.n_bytes for file in self.finished.values())
+        if needed > free:
+            raise InputError(f"{self.target}: disk has {free:,} bytes free, output needs {needed:,}")
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator["HashingFile"]:
+        """Write one file: under a temporary name, fsynced, renamed, recorded in `finished`."""
+        partial = self.target / (name + _PARTIAL)
+        with _as_input_error(self.target / name):
+            try:
+                with partial.open("wb") as file:
+                    hashing = HashingFile(file)
+                    yield hashing
+                    file.flush()
+                    os.fsync(file.fileno())
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+            partial.replace(self.target / name)
+            self._sync_folder()
+        self.finished[name] = FinishedFile(name, hashing.n_bytes, hashing.sha256.hexdigest())
+
+    def record(self, name: str) -> None:
+        """Note in the journal that a shard is finished, so that a resumed run skips it."""
+        self._append(asdict(self.finished[name]))
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        with self.writing(name) as file:
+            file.write(content)
+
+    def complete(self) -> None:
+        """Remove the journal: the target is done."""
+        (self.target / JOURNAL).unlink()
+        self._sync_folder()
+
+    def _create_folder(self) -> None:
+        missing = [path for path in (self.target, *self.target.parents) if not path.exists()]
+        for path in reversed(missing):
+            path.mkdir()
+            self._created.append(path)
+        if not self.target.is_dir():
+            raise InputError(f"{self.target}: exists and is not a folder")
+        if not (self.target / JOURNAL).exists() and any(self.target.iterdir()):
+            raise InputError(f"{self.target}: not empty, and not an unfinished run of this command")
+
+    def _open_journal(self) -> None:
+        self._journal = (self.target / JOURNAL).open("a+b")
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{self.target}: another run is writing here") from error
+        if os.fstat(self._journal.fileno()).st_nlink == 0:
+            raise InputError(f"{self.target}: another run has just finished here")
+        self._journal.seek(0)
+        lines = self._journal.read().split(b"\n")[:-1]  # what follows the last newline was cut by a kill
+        if not lines:
+            self._journal.truncate(0)
+            self._append(self.identity)
+            return
+        if json.loads(lines[0]) != self.identity:
+            changed = _changed_keys(json.loads(lines[0]), self.identity)
+            raise InputError(f"{self.target}: holds an unfinished run with another {changed}; remove it to start anew")
+        self._journal.truncate(sum(len(line) + 1 for line in lines))
+        for line in lines[1:]:
+            file = FinishedFile(**json.loads(line))
+            path = self.target / file.name
+            if Path(file.name).name == file.name and path.is_file() and path.stat().st_size == file.n_bytes:
+                self.finished[file.name] = file
+
+    def _append(self, value: Mapping[str, Any]) -> None:
+        assert self._journal is not None
+        with _as_input_error(self.target / JOURNAL):
+            self._journal.write(json.dumps(value, sort_keys=True).encode() + b"\n")
+            self._journal.flush()
+            os.fsync(self._journal.fileno())
+
+    def _clean_up(self, keep_finished: bool) -> None:
+        if keep_finished and self.finished:
+            return
+        for name in [*self.finished, JOURNAL]:
+            (self.target / name).unlink(missing_ok=True)
+        for path in reversed(self._created):
+            path.rmdir()
+
+    def _sync_folder(self) -> None:
+        descriptor = os.open(self.target, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class HashingFile:
+    """A file being written, with the SHA-256 of what has been written so far."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.n_bytes = 0
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self.sha256.update(data)
+        self.n_bytes += self._file.write(data)
+
+
+def _changed_keys(before: Any, after: Mapping[str, Any]) -> str:
+    if not isinstance(before, dict):
+        return "identity"
+    return ", ".join(sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key)))
+
+
+@contextlib.contextmanager
+def _as_input_error(path: Path) -> Iterator[None]:
+    """An operating system's refusal to write is the user's to mend: say which file and why, in one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}:
+            raise
+        raise WriteError(f"{path}: cannot be written: {error.strerror}") from error
