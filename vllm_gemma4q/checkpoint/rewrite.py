@@ -140,6 +140,11 @@ class _Block:
     def is_last(self) -> bool:
         return self.stop == self.step.span[1]
 
+    @property
+    def first_row(self) -> int:
+        source = self.step.source
+        return (self.start - source.start) // (source.row_length * DTYPE_BYTES[source.dtype])
+
 
 def _blocks(steps: Sequence[Step]) -> Iterator[_Block]:
     for step in steps:
@@ -196,7 +201,7 @@ class _Pipeline:
         try:
             first, *others = block.step.transform(rows.view(-1, block.step.source.row_length))
         except ValueError as error:
-            raise InputError(f"tensor {block.step.source.name}: {error}") from error
+            raise InputError(f"tensor {block.step.source.name}, from row {block.first_row}: {error}") from error
         trailing.append([_bytes_of(other) for other in others])
         chunks = [_bytes_of(first)]
         if block.is_last:

@@ -1,0 +1,133 @@
+"""Run one conversion from checkpoint to checkpoint: shards, sidecars, manifest, index, then config.json."""
+
+import hashlib
+import json
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from vllm_gemma4q.checkpoint.header import write_header
+from vllm_gemma4q.checkpoint.reader import CONFIG, INDEX, Checkpoint
+from vllm_gemma4q.checkpoint.rewrite import MAX_SHARD_BYTES, Progress, Shard, Step, pack, rewrite
+from vllm_gemma4q.checkpoint.run import MANIFEST, Run
+from vllm_gemma4q.checkpoint.sidecars import copy_sidecars, sidecars, to_json
+from vllm_gemma4q.errors import InputError
+
+VERSION = metadata.version("vllm-gemma4q")
+_DEPENDENCIES = ("numpy", "torch")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Everything that decides the output of one command.
+
+    `steps` are in the order of their sources' bytes; `config` is the new config.json; `summary` goes into the
+    manifest as it is.
+    """
+
+    scheme: str
+    source: Checkpoint
+    steps: Sequence[Step]
+    config: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    max_shard_bytes: int = MAX_SHARD_BYTES
+
+    @property
+    def shards(self) -> list[Shard]:
+        return pack(self.steps, self.max_shard_bytes)
+
+    @property
+    def source_bytes(self) -> int:
+        return sum(stop - start for start, stop in (step.span for step in self.steps))
+
+    @property
+    def output_bytes(self) -> int:
+        """Size of all output shards, headers included."""
+        return sum(shard_bytes(shard) for shard in self.shards)
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the one it resumes."""
+        plan = [[step.source.name, step.span, [asdict(output) for output in step.outputs]] for step in self.steps]
+        decided = json.dumps([plan, self.config, self.max_shard_bytes], sort_keys=True)
+        files = [*self.source.shards, self.source.folder / CONFIG, *sidecars(self.source.folder)]
+        return {
+            "tool version": VERSION,
+            "scheme": self.scheme,
+            "plan": hashlib.sha256(decided.encode()).hexdigest(),
+            "source": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
+        }
+
+
+def shard_bytes(shard: Shard) -> int:
+    tensors = [(output.name, output.dtype, output.shape) for step in shard.steps for output in step.outputs]
+    return len(write_header(tensors)) + shard.n_bytes
+
+
+def convert(conversion: Conversion, target: Path, command: Sequence[str], progress: Progress) -> bool:
+    """Write a conversion into `target`, resuming an unfinished run of the same one.
+
+    Args:
+        command: as the user typed it, for the manifest.
+        progress: called with source bytes consumed.
+
+    Returns:
+        False when an earlier run had already finished and nothing was done.
+
+    Raises:
+        InputError: the target is not ours to write, is full or read-only, or the source is bad (see `rewrite`).
+    """
+    source = conversion.source.folder.resolve()
+    if target.resolve().is_relative_to(source) or source.is_relative_to(target.resolve()):
+        raise InputError(f"{target}: the target must lie outside the source {conversion.source.folder}")
+    run = Run(target, conversion.identity())
+    if run.is_complete:
+        return False
+    with run:
+        run.require_space(conversion.output_bytes)
+        shards = conversion.shards
+        source_hashes = rewrite(shards, run, progress)
+        copy_sidecars(conversion.source.folder, run)
+        if conversion.identity() != run.identity:
+            raise InputError(f"{conversion.source.folder}: changed while it was read")
+        config = to_json(conversion.config)
+        run.write_bytes(MANIFEST, to_json(_manifest(conversion, run, source_hashes, command, config)))
+        if len(shards) > 1:
+            run.write_bytes(INDEX, to_json(_index(shards)))
+        run.write_bytes(CONFIG, config)
+        run.complete()
+    return True
+
+
+def _index(shards: Iterable[Shard]) -> dict[str, Any]:
+    weight_map = {
+        output.name: shard.name for shard in shards for step in shard.steps for output in step.outputs
+    }  # fmt: skip
+    return {"metadata": {"total_size": sum(shard.n_bytes for shard in shards)}, "weight_map": weight_map}
+
+
+def _manifest(
+    conversion: Conversion, run: Run, source_hashes: Mapping[str, str], command: Sequence[str], config: bytes
+) -> dict[str, Any]:
+    folder = conversion.source.folder
+    hashes = dict(source_hashes)
+    for path in [folder / CONFIG, *sidecars(folder)]:
+        hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    outputs = {name: {"bytes": file.n_bytes, "sha256": file.sha256} for name, file in sorted(run.finished.items())}
+    outputs[CONFIG] = {"bytes": len(config), "sha256": hashlib.sha256(config).hexdigest()}
+    return {
+        "identity": run.identity,
+        "command": list(command),
+        "versions": {
+            "vllm-gemma4q": VERSION,
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in _DEPENDENCIES},
+        },
+        "summary": conversion.summary,
+        "source": {
+            name: {"bytes": (folder / name).stat().st_size, "sha256": digest} for name, digest in sorted(hashes.items())
+        },
+        "output": outputs,
+    }

@@ -1,0 +1,33 @@
+"""What a plan does to a model, in numbers a person reads: parameters and bytes by role, before and after."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from vllm_gemma4q.architecture import Role, role_of
+from vllm_gemma4q.checkpoint import DTYPE_BYTES, Step
+
+_COUNTERS = ("parameters", "quantized", "bytes_before", "bytes_after")
+
+
+def summarize(steps: Iterable[Step]) -> dict[str, dict[str, int]]:
+    """Counters by role (`Role` values), plus `total`; a parameter is quantized when its step transforms it."""
+    table: dict[str, dict[str, int]] = {}
+    for step in steps:
+        row = table.setdefault(role_of(step.source.name).value, dict.fromkeys(_COUNTERS, 0))
+        start, stop = step.span
+        parameters = (stop - start) // DTYPE_BYTES[step.source.dtype]
+        row["parameters"] += parameters
+        row["quantized"] += parameters if step.transform is not None else 0
+        row["bytes_before"] += stop - start
+        row["bytes_after"] += step.output_bytes
+    order = [role.value for role in Role if role.value in table]
+    result = {role: table[role] for role in order}
+    result["total"] = {key: int(np.sum([row[key] for row in result.values()])) for key in _COUNTERS}
+    return result
+
+
+def quantized_share(row: Mapping[str, Any]) -> float:
+    """Fraction of a role's parameters that are quantized, 0 to 1."""
+    return row["quantized"] / row["parameters"] if row["parameters"] else 0.0
