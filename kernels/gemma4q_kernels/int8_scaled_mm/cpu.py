@@ -1,0 +1,107 @@
+"""INT8 W8A8 on a CPU: `torch._int_mm` for plain weights, vLLM's oneDNN operators for packed ones.
+
+A packed weight is reordered once into the layout of the processor's dot-product instructions and runs about twice as
+fast as `_int_mm` and as bfloat16. Both are exact. `_int_mm` also serves GPUs (cuBLASLt, hipBLASLt) where its shape
+rules hold.
+"""
+
+import torch
+
+from gemma4q_kernels.int8_scaled_mm.problem import (
+    Problem,
+    check_activations,
+    check_bias,
+    check_weight,
+    scale_accumulator,
+)
+from gemma4q_kernels.int8_scaled_mm.quantize import quantize_per_token
+from gemma4q_kernels.support import YES, Support, int_mm_is_exact, no, vllm_onednn
+
+_PRIMITIVES_KEPT = 32  # oneDNN compiles one primitive for each M; vLLM keeps as many
+
+
+def can_implement(problem: Problem) -> Support:
+    """`torch._int_mm`: any shape on a CPU that does not saturate; on a GPU what cuBLASLt takes."""
+    if problem.device.type == "cpu":
+        return int_mm_is_exact()
+    if problem.device.type != "cuda":
+        return no(f"torch._int_mm has no kernel for device {problem.device}")
+    if problem.m <= 16:
+        return no(f"torch._int_mm on a GPU needs M > 16, got M = {problem.m}")
+    if problem.n % 8 or problem.k % 8:
+        return no(f"torch._int_mm on a GPU needs N and K in multiples of 8, got N = {problem.n}, K = {problem.k}")
+    return YES
+
+
+def scaled_mm(
+    x_q: torch.Tensor,
+    x_scale: torch.Tensor,
+    w_q: torch.Tensor,
+    w_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """See `gemma4q_kernels.int8_scaled_mm.scaled_mm`."""
+    # A weight stored as [K, N] is an order of magnitude slower in _int_mm than copying it first.
+    accumulator = torch._int_mm(x_q.contiguous(), w_q.contiguous().t())
+    return scale_accumulator(accumulator, x_scale, w_scale, bias, out_dtype)
+
+
+class OneDnnWeight:
+    """A weight reordered by oneDNN for one output dtype; the original tensor may be released.
+
+    Not picklable and not movable: it owns memory outside torch, of the size of the weight, freed with the object.
+    """
+
+    def __init__(self, w_q: torch.Tensor, w_scale: torch.Tensor, out_dtype: torch.dtype) -> None:
+        self._handler: torch.Tensor | None = None
+        self.n, self.k = check_weight(w_q, w_scale)
+        self.out_dtype = out_dtype
+        address = torch.ops._C.create_onednn_scaled_mm_handler(
+            w_q.contiguous().t(), w_scale.reshape(-1), out_dtype, True, False, _PRIMITIVES_KEPT
+        )
+        self._handler = torch.tensor(address, dtype=torch.int64)  # the form in which the operators take it
+
+    def __del__(self) -> None:
+        if self._handler is not None:
+            torch.ops._C.release_dnnl_matmul_handler(int(self._handler))
+
+    @staticmethod
+    def can_implement(problem: Problem) -> Support:
+        """A CPU with vLLM's CPU build."""
+        if problem.device.type != "cpu":
+            return no(f"onednn runs on the CPU, got device {problem.device}")
+        return vllm_onednn()
+
+    def scaled_mm(self, x_q: torch.Tensor, x_scale: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """int8 [M, K] and float32 [M, 1] -> [M, N] of `out_dtype`."""
+        m = check_activations(x_q, x_scale, self.k)
+        check_bias(bias, self.n)
+        out = torch.empty((m, self.n), dtype=self.out_dtype)
+        if m:
+            bias = None if bias is None else bias.float()
+            torch.ops._C.onednn_scaled_mm(out, x_q.contiguous(), x_scale, None, None, bias, self._handler)
+        return out
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """float [M, K], quantized per token, -> [M, N] of `out_dtype`."""
+        return self.scaled_mm(*quantize_per_token(x), bias)
+
+
+class PlainWeight:
+    """A weight kept as it is, for machines without vLLM's operators; same interface as `OneDnnWeight`."""
+
+    def __init__(self, w_q: torch.Tensor, w_scale: torch.Tensor, out_dtype: torch.dtype) -> None:
+        self.n, self.k = check_weight(w_q, w_scale)
+        self.out_dtype = out_dtype
+        self.w_q, self.w_scale = w_q.contiguous(), w_scale
+
+    def scaled_mm(self, x_q: torch.Tensor, x_scale: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """int8 [M, K] and float32 [M, 1] -> [M, N] of `out_dtype`, by the best backend for plain weights."""
+        from gemma4q_kernels.int8_scaled_mm import scaled_mm as any_backend
+
+        return any_backend(x_q, x_scale, self.w_q, self.w_scale, bias=bias, out_dtype=self.out_dtype)
+
+    def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """float [M, K], quantized per token, -> [M, N] of `out_dtype`."""
+        return self.scaled_mm(*quantize_per_token(x), bias)
