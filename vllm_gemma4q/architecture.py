@@ -259,7 +259,7 @@ def _parse_layers(text: Mapping[str, Any]) -> Iterator[Layer]:
 def _default_layer_types(count: int) -> list[str]:
     """Five sliding layers, then a full one; the last is always full (transformers `Gemma4TextConfig`)."""
     types = [SLIDING_ATTENTION if (index + 1) % 6 else FULL_ATTENTION for index in range(count)]
-    return types[:-1] + [FULL_ATTENTION]
+    return [*types[:-1], FULL_ATTENTION]
 
 
 def _size(mapping: Mapping[str, Any], key: str) -> int:

@@ -23,7 +23,9 @@ _SCHEMAS = (
 
 def _is_cuda_build(torchvision_init):
     version = Path(torchvision_init).with_name("version.py")
-    return version.is_file() and re.search(r"^__version__ = '[^']*\+cu\d", version.read_text(), re.M) is not None
+    return (
+        version.is_file() and re.search(r"^__version__ = '[^']*\+cu\d", version.read_text(), re.MULTILINE) is not None
+    )
 
 
 class _DeclareOperators(importlib.abc.MetaPathFinder):

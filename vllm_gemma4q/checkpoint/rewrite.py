@@ -116,6 +116,7 @@ def rewrite(shards: Sequence[Shard], run: Run, progress: Progress) -> dict[str, 
         for path in sorted({step.source.path for shard in shards for step in shard.steps}):
             files[path] = _SourceFile(path)
             stack.callback(files[path].close)
+        stack.enter_context(_one_torch_thread())
         reader = stack.enter_context(ThreadPoolExecutor(1, "reader"))
         writer = stack.enter_context(ThreadPoolExecutor(1, "writer"))
         for shard in shards:
@@ -126,6 +127,17 @@ def rewrite(shards: Sequence[Shard], run: Run, progress: Progress) -> dict[str, 
                 _Pipeline(reader, writer, files, output, progress).write(shard)
             run.record(shard.name)
         return {path.name: reader.submit(file.finish).result() for path, file in files.items()}
+
+
+@contextlib.contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """The three stages are the parallelism: more threads in the middle one only take cores from hashing and I/O."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ while serving.
 
 from collections.abc import Iterator
 
-from gemma4q_kernels.int8_scaled_mm.quantize import quantize_per_channel
+from gemma4q_kernels.int8_scaled_mm import quantize_per_channel
 
 from vllm_gemma4q.architecture import Role, is_fused_experts, is_linear_weight, parse_text_architecture, role_of
 from vllm_gemma4q.checkpoint import Checkpoint, OutputTensor, Step, TensorInfo
