@@ -25,6 +25,9 @@ from vllm_gemma4q.errors import InputError
 JOURNAL = ".gemma4q-run.jsonl"
 MANIFEST = "gemma4q-manifest.json"
 _PARTIAL = ".partial"
+_REFUSALS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
+)
 
 
 class WriteError(InputError):
@@ -208,6 +211,6 @@ def _as_input_error(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}:
+        if error.errno not in _REFUSALS:
             raise
         raise WriteError(f"{path}: cannot be written: {error.strerror}") from error

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from vllm_gemma4q.checkpoint import open_checkpoint
 from vllm_gemma4q.checkpoint.convert import Conversion, convert
 from vllm_gemma4q.quark_int8 import quantize as quark_int8
+from vllm_gemma4q.sizes import parse_size
 from vllm_gemma4q.summary import quantized_share
 
 
@@ -30,10 +31,13 @@ def command(
     target: Annotated[Path, typer.Argument(metavar="DST", help="Output folder: absent, empty, or left unfinished.")],
     scheme: Annotated[Scheme, typer.Option(help="quark-int8: W8A8, per-channel weights, per-token activations.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Largest output file, such as 5GB, 500MB or 2GiB.")
+    ] = "5GB",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Quantize a checkpoint file to file, a few rows in memory at a time. Run it again to resume."""
-    conversion = quark_int8.plan(open_checkpoint(source))
+    conversion = quark_int8.plan(open_checkpoint(source), parse_size(max_shard_size))
     written = False
     if not dry_run:
         with tqdm(

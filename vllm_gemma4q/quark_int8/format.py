@@ -1,8 +1,7 @@
-"""The `quantization_config` of a Quark W8A8 INT8 checkpoint, and how its weights are rounded.
+"""The `quantization_config` of a Quark W8A8 INT8 checkpoint.
 
-Per linear `X`: `X.weight` I8 [N, K] and `X.weight_scale` F32 [N], real weight = int8 * scale. As in
-amd-quark 0.13 (`Int8PerChannelSpec(ch_axis=0)`): scale = max|w| / 127.5 computed in the source's dtype,
-but at least float32's epsilon; int8 = round_half_even(w * (1 / scale)) in float32, clamped to [-128, 127].
+Per linear `X`: `X.weight` I8 [N, K] and `X.weight_scale` F32 [N], real weight = int8 * scale, rounded as
+amd-quark 0.13 does (`Int8PerChannelSpec(ch_axis=0)`; see `gemma4q_kernels.int8_scaled_mm.quantize`).
 """
 
 from collections.abc import Sequence
