@@ -1,7 +1,8 @@
-"""Ask a real vLLM engine on this machine's CPU, in a process of its own.
+"""Ask real vLLM engines on this machine's CPU, in a process of their own.
 
-`ask` starts vLLM on a checkpoint folder and returns full-vocabulary log-probabilities of prompts, greedy
-continuations and answers about pictures; a start costs 20 to 35 s, so callers keep what they get.
+`ask` starts vLLM on one checkpoint as `vllm serve` does, with an engine core and workers of their own: 20 to 35 s.
+`ask_all` runs several checkpoints one after the other within one process, which takes about 5 s each.
+Both return full-vocabulary log-probabilities of prompts, greedy continuations and answers about pictures.
 `divergence` compares two engines' log-probabilities.
 """
 
@@ -13,18 +14,40 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 PROCESS = Path(__file__).with_name("engine_process.py")
-TIMEOUT_SECONDS = 300
+TIMEOUT_SECONDS = 600
+SECTION = "### engine "
+# One process for front end, engine core and worker, so that several engines can follow each other in it.
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 
 
 class EngineError(Exception):
     """The engine did not start or died; the message is everything it printed."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to ask one engine.
+
+    Attributes:
+        model: checkpoint folder.
+        prompts: token ids.
+        pictures: (PIL image, question) pairs.
+        max_tokens: length of the greedy continuation of each prompt.
+        engine: arguments of `vllm.LLM`.
+    """
+
+    model: Path
+    prompts: Sequence[Sequence[int]] = ()
+    pictures: Sequence[tuple[Any, str]] = ()
+    max_tokens: int = 8
+    engine: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -35,7 +58,7 @@ class Answers:
         logprobs: float32 [T - 1, V] a prompt of T tokens: position t scores token t + 1.
         tokens: greedy continuation of each prompt.
         texts: answers about the pictures.
-        log: everything the engine printed.
+        log: everything printed from its start on, to the start of the next.
     """
 
     logprobs: tuple[np.ndarray, ...]
@@ -44,72 +67,86 @@ class Answers:
     log: str
 
 
-def ask(
-    model: Path | str,
-    prompts: Sequence[Sequence[int]] = (),
-    *,
-    pictures: Sequence[tuple[Any, str]] = (),
-    max_tokens: int = 8,
-    env: dict[str, str] | None = None,
-    **engine: Any,
-) -> Answers:
-    """Start vLLM on `model`, ask everything at once, stop it.
-
-    Args:
-        prompts: token ids.
-        pictures: (PIL image, question) pairs.
-        env: environment variables on top of those that a small CPU engine needs.
-        engine: arguments of `vllm.LLM`.
+def ask(request: Request) -> Answers:
+    """Start vLLM in its usual processes and ask it.
 
     Raises:
         EngineError: it did not come up or died.
     """
+    return _run([request], {}, request.engine)[0]
+
+
+def ask_all(requests: Sequence[Request]) -> list[Answers]:
+    """Start one engine after the other in a single process (no tensor parallelism) and ask each.
+
+    Raises:
+        EngineError: one of them did not come up or died.
+    """
+    return _run(requests, IN_PROCESS, {"distributed_executor_backend": "uni"})
+
+
+def engine_environment(tensor_parallel_size: int = 1) -> dict[str, str]:
+    """The environment in which small engines fit a small machine."""
+    cores = os.cpu_count() or 1
+    bind = "|".join(map(str, range(tensor_parallel_size))) if 1 < tensor_parallel_size <= cores else "nobind"
+    return os.environ | {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": bind,
+        "OMP_NUM_THREADS": str(max(1, min(2, cores) // tensor_parallel_size)),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+
+
+def _run(requests: Sequence[Request], env: dict[str, str], engine: dict[str, Any]) -> list[Answers]:
+    environment = engine_environment(engine.get("tensor_parallel_size", 1)) | env
+    with tempfile.TemporaryDirectory() as folder:
+        requests_path, answers_path = Path(folder, "requests.json"), Path(folder, "answers.npz")
+        requests_path.write_text(json.dumps([_to_json(request, engine) for request in requests]))
+        command = [sys.executable, str(PROCESS), str(requests_path), str(answers_path)]
+        done = subprocess.run(
+            command,
+            env=environment,
+            cwd=folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=TIMEOUT_SECONDS,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise EngineError(done.stdout)
+        arrays = np.load(answers_path)
+        logs = done.stdout.split(SECTION)[1:]
+        return [_answers(index, request, arrays, logs[index]) for index, request in enumerate(requests)]
+
+
+def _to_json(request: Request, engine: dict[str, Any]) -> dict[str, Any]:
     settings = {
-        "model": str(model),
+        "model": str(request.model),
         "enforce_eager": True,
         "max_model_len": 512,
         "max_num_seqs": 16,
         "max_logprobs": -1,
         "enable_prefix_caching": False,
         "limit_mm_per_prompt": {"image": 1, "video": 0, "audio": 0},
-        **engine,
     }
-    request = {
-        "engine": settings,
-        "prompts": [list(prompt) for prompt in prompts],
-        "pictures": [(_data_url(image), question) for image, question in pictures],
-        "max_tokens": max_tokens,
+    return {
+        "engine": settings | engine | request.engine,
+        "prompts": [list(prompt) for prompt in request.prompts],
+        "pictures": [(_data_url(image), question) for image, question in request.pictures],
+        "max_tokens": request.max_tokens,
     }
-    with tempfile.TemporaryDirectory() as folder:
-        request_path, answers_path = Path(folder, "request.json"), Path(folder, "answers.npz")
-        request_path.write_text(json.dumps(request))
-        command = [sys.executable, str(PROCESS), str(request_path), str(answers_path)]
-        environment = _environment(settings.get("tensor_parallel_size", 1)) | (env or {})
-        done = subprocess.run(
-            command, env=environment, cwd=folder, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
-        )
-        log = done.stdout + done.stderr
-        if done.returncode != 0:
-            raise EngineError(log)
-        arrays = np.load(answers_path)
-        count = range(len(prompts))
-        return Answers(
-            tuple(arrays[f"logprobs_{index}"] for index in count),
-            tuple(tuple(arrays[f"tokens_{index}"].tolist()) for index in count),
-            tuple(arrays["texts"].tolist()),
-            log,
-        )
 
 
-def _environment(tensor_parallel_size: int) -> dict[str, str]:
-    threads = "|".join(str(rank) for rank in range(tensor_parallel_size)) if tensor_parallel_size > 1 else "auto"
-    return os.environ | {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": threads if (os.cpu_count() or 1) >= tensor_parallel_size else "nobind",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "INFO",
-    }
+def _answers(index: int, request: Request, arrays: Any, log: str) -> Answers:
+    prompts = range(len(request.prompts))
+    return Answers(
+        tuple(arrays[f"{index}/logprobs/{prompt}"] for prompt in prompts),
+        tuple(tuple(arrays[f"{index}/tokens/{prompt}"].tolist()) for prompt in prompts),
+        tuple(arrays[f"{index}/texts"].tolist()),
+        log,
+    )
 
 
 def _data_url(image: Any) -> str:
@@ -123,7 +160,7 @@ class Divergence:
     """How far one engine's next-token distributions are from a reference's.
 
     Attributes:
-        mean_kld: mean over positions of KL(reference || other), in nats.
+        mean_kld: mean over positions of KL(reference || other), in nats; infinite where the other is not finite.
         same_top: share of positions whose most likely token is the same.
         positions: how many were compared.
     """
@@ -135,13 +172,9 @@ class Divergence:
 
 def divergence(reference: Answers, other: Answers) -> Divergence:
     """Compare two engines over the same prompts."""
-    klds, same = [], []
-    for p, q in zip(reference.logprobs, other.logprobs, strict=True):
-        if not np.isfinite(q).any(axis=1).all():
-            return Divergence(float("inf"), 0.0, 0)
-        probability = np.exp(p.astype(np.float64))
-        with np.errstate(invalid="ignore"):
-            terms = np.where(probability > 0, probability * (p.astype(np.float64) - q), 0.0)
-        klds.append(terms.sum(axis=1))
-        same.append(p.argmax(axis=1) == q.argmax(axis=1))
-    return Divergence(float(np.concatenate(klds).mean()), float(np.concatenate(same).mean()), sum(map(len, same)))
+    p = np.concatenate(reference.logprobs).astype(np.float64)
+    q = np.concatenate(other.logprobs).astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        kld = np.where(p > -np.inf, np.exp(p) * (p - q), 0.0).sum(axis=1).mean()
+    same_top = (p.argmax(axis=1) == q.argmax(axis=1)).mean()
+    return Divergence(float(kld) if np.isfinite(kld) else np.inf, float(same_top), len(p))

@@ -1,31 +1,48 @@
-"""Run one vLLM engine on a CPU: read a request as JSON, write arrays and answers. See `engine.py`.
+"""Run vLLM engines on a CPU, one after the other: read requests as JSON, write arrays and answers. See `engine.py`.
 
-python engine_process.py REQUEST.json ANSWERS.npz
+python engine_process.py REQUESTS.json ANSWERS.npz
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 
-def main(request_path: str, answers_path: str) -> None:
-    from vllm import LLM, SamplingParams
+def main(requests_path: str, answers_path: str) -> None:
+    arrays: dict[str, np.ndarray] = {}
+    for index, request in enumerate(json.loads(Path(requests_path).read_text())):
+        print(f"\n### engine {index}: {request['engine']['model']}", flush=True)
+        arrays |= {f"{index}/{name}": array for name, array in answer(request).items()}
+        gc.collect()
+    np.savez(answers_path, **arrays)
 
-    request = json.loads(Path(request_path).read_text())
+
+def answer(request: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Start one engine, ask it everything, stop it."""
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
     llm = LLM(**request["engine"])
+    arrays: dict[str, np.ndarray] = {}
+    greedy = SamplingParams(
+        temperature=0, max_tokens=request["max_tokens"], prompt_logprobs=-1, ignore_eos=True, detokenize=False
+    )
     prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
     width = llm.llm_engine.model_config.get_vocab_size()
-    arrays: dict[str, np.ndarray] = {}
-    greedy = SamplingParams(temperature=0, max_tokens=request["max_tokens"], prompt_logprobs=-1, ignore_eos=True)
     for index, output in enumerate(llm.generate(prompts, greedy, use_tqdm=False) if prompts else []):
-        arrays[f"logprobs_{index}"] = _full_vocabulary(output.prompt_logprobs[1:], width)
-        arrays[f"tokens_{index}"] = np.array(output.outputs[0].token_ids)
+        arrays[f"logprobs/{index}"] = _full_vocabulary(output.prompt_logprobs[1:], width)
+        arrays[f"tokens/{index}"] = np.array(output.outputs[0].token_ids)
     chats = [_chat(image, question) for image, question in request["pictures"]]
-    answers = llm.chat(chats, SamplingParams(temperature=0, max_tokens=8), use_tqdm=False) if chats else []
-    arrays["texts"] = np.array([answer.outputs[0].text for answer in answers])
-    np.savez(answers_path, **arrays)
+    texts = llm.chat(chats, SamplingParams(temperature=0, max_tokens=8), use_tqdm=False) if chats else []
+    arrays["texts"] = np.array([text.outputs[0].text for text in texts])
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    cleanup_dist_env_and_memory()
+    return arrays
 
 
 def _full_vocabulary(positions: list, width: int) -> np.ndarray:

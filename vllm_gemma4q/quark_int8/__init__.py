@@ -1,6 +1,6 @@
-"""Gemma 4 in Quark's W8A8 INT8: what vLLM needs to serve it, and what writes it.
+"""Gemma 4 in AMD Quark's W8A8 INT8: what writes it, and what vLLM needs to serve it.
 
-`scheme.py` recognises the scheme in a `quantization_config`; `facts.py` reads a checkpoint's headers and
-decides per module what is int8; `config.py`, `linear.py`, `moe.py` and `model.py` are what vLLM loads.
-Importing this package imports no engine.
+`format.py` and `quantize.py` write checkpoints. `scheme.py` recognises the scheme in a `quantization_config`,
+`facts.py` decides per module from a checkpoint's headers what is int8, `mend.py` turns other layouts into vLLM's;
+`config.py`, `linear.py`, `moe.py` and `model.py` are what vLLM loads. Importing this package imports no engine.
 """

@@ -1,0 +1,129 @@
+"""Checkpoints and engines that the tests of this folder share; engines run once a session."""
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from vllm_plugin import checkpoints
+from vllm_plugin.engine import Answers, Request, ask, ask_all
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "small_gemma4"
+MODELS = EXAMPLES
+PROMPT_TOKENS = 160
+DENSE_FULL_LAYER = f"{checkpoints.ROOT}2."  # full attention: no v_proj
+
+DENSE_SCALE = f"{checkpoints.ROOT}1.mlp.down_proj.weight_scale"
+MOE_SCALE = f"{checkpoints.ROOT}1.self_attn.o_proj.weight_scale"
+# In words that only this plugin understands, beside exact names of things that are int8 in the file.
+ODD_EXCLUDES = ["*vision_tower*", "re:.*router.*", "language_model.model.layers.0.self_attn.qkv_proj", "lm_head"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One small model and its variants by name."""
+
+    bf16: Path
+    variants: dict[str, Path]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What every engine is asked."""
+
+    prompts: list[list[int]]
+    pictures: list[tuple[object, str]]
+
+
+@pytest.fixture(scope="session")
+def small_models() -> Path:
+    """Folder of the small trained checkpoints, `dense` and `moe`."""
+    return MODELS
+
+
+@pytest.fixture(scope="session")
+def dense(small_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    bf16, folder = small_models / "dense", tmp_path_factory.mktemp("dense")
+    int8, original = checkpoints.quantize(bf16, folder / "int8"), checkpoints.load(bf16)
+    attention = f"{DENSE_FULL_LAYER}self_attn."
+    variants = {
+        "int8": int8,
+        "corrupted": _edited(folder, "corrupted", int8, lambda t: checkpoints.multiply(t, DENSE_SCALE, 1.5)),
+        "bf16_attention": _edited(
+            folder, "bf16_attention", int8, lambda t: checkpoints.unquantize(t, original, attention)
+        ),
+        "odd_excludes": checkpoints.edit(int8, folder / "odd_excludes", exclude=ODD_EXCLUDES),
+        "no_excludes": checkpoints.edit(int8, folder / "no_excludes", exclude=[]),
+    }
+    return Family(bf16, variants)
+
+
+@pytest.fixture(scope="session")
+def moe(small_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    bf16, folder = small_models / "moe", tmp_path_factory.mktemp("moe")
+    int8, original = checkpoints.quantize(bf16, folder / "int8"), checkpoints.load(bf16)
+
+    def slips(tensors: checkpoints.Tensors) -> checkpoints.Tensors:
+        for layer in {name.split("experts.")[0] for name in original if ".experts." in name}:
+            tensors = checkpoints.unquantize(tensors, original, f"{layer}experts.")
+        return checkpoints.round_norms(tensors)
+
+    variants = {
+        "int8": int8,
+        "corrupted": _edited(folder, "corrupted", int8, lambda t: checkpoints.multiply(t, MOE_SCALE, 1.5)),
+        "fused": _edited(folder, "fused", int8, checkpoints.fuse_experts),
+        "slips": _edited(folder, "slips", int8, slips),
+    }
+    return Family(bf16, variants)
+
+
+def _edited(
+    folder: Path, name: str, source: Path, change: Callable[[checkpoints.Tensors], checkpoints.Tensors]
+) -> Path:
+    return checkpoints.edit(source, folder / name, change)
+
+
+@pytest.fixture(scope="session")
+def questions(small_models: Path) -> Questions:
+    """Held-out text and pictures."""
+    from transformers import AutoTokenizer
+
+    held_out = _held_out()
+    tokenizer = AutoTokenizer.from_pretrained(small_models / "dense")
+    prompts = [tokenizer(text).input_ids[:PROMPT_TOKENS] for text in held_out.natural_text()[:4]]
+    pictures = [(picture.image, picture.question) for picture in held_out.questions_about_pictures(4)]
+    return Questions(prompts, pictures)
+
+
+def _held_out() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("held_out", EXAMPLES / "held_out.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def dense_answers(dense: Family, questions: Questions) -> dict[str, Answers]:
+    """Answers by variant, "bf16" included, from one process."""
+    return _ask_family(dense, questions)
+
+
+@pytest.fixture(scope="session")
+def moe_answers(moe: Family, questions: Questions) -> dict[str, Answers]:
+    """Answers by variant, "bf16" included, from one process."""
+    return _ask_family(moe, questions)
+
+
+def _ask_family(family: Family, questions: Questions) -> dict[str, Answers]:
+    folders = {"bf16": family.bf16, **family.variants}
+    requests = [Request(folder, questions.prompts, questions.pictures) for folder in folders.values()]
+    return dict(zip(folders, ask_all(requests), strict=True))
+
+
+@pytest.fixture(scope="session")
+def ask_two_ranks(questions: Questions) -> Callable[[Path], Answers]:
+    """Ask a checkpoint under tensor parallelism of two."""
+    return lambda folder: ask(Request(folder, questions.prompts, engine={"tensor_parallel_size": 2}))

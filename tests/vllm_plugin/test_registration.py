@@ -1,0 +1,134 @@
+"""The plugin in vLLM: imported without an engine, registered any number of times, out of everybody else's way."""
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from vllm_plugin import checkpoints
+from vllm_plugin.conftest import Family
+from vllm_plugin.engine import engine_environment
+from vllm_plugin.test_scheme import GEMMA4, LLAMA, QUARK_013
+
+from vllm_gemma4q.errors import InputError
+from vllm_gemma4q.quark_int8.scheme import METHOD_NAME
+
+IMPORTS_NO_ENGINE = """
+import sys
+import vllm_gemma4q.plugin, vllm_gemma4q.quark_int8, vllm_gemma4q.quark_int8.scheme
+found = sorted({"vllm", "torch", "transformers", "triton"} & set(sys.modules))
+assert not found, found
+"""
+
+
+def test_importing_imports_no_engine() -> None:
+    subprocess.run([sys.executable, "-c", IMPORTS_NO_ENGINE], check=True)
+
+
+@pytest.mark.engine
+def test_registering_twice_changes_nothing() -> None:
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+    from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
+    from vllm.model_executor.models import ModelRegistry
+
+    from vllm_gemma4q.plugin import register_quark_int8
+    from vllm_gemma4q.quark_int8.config import QuarkInt8Config
+
+    register_quark_int8()
+    model = ModelRegistry.models["Gemma4ForCausalLM"]
+    register_quark_int8()
+    assert QUANTIZATION_METHODS.count(METHOD_NAME) == 1
+    assert get_quantization_config(METHOD_NAME) is QuarkInt8Config
+    assert get_quantization_config("quark") is QuarkConfig
+    assert ModelRegistry.models["Gemma4ForCausalLM"] is model
+    assert model.load_model_cls().__module__ == "vllm_gemma4q.quark_int8.model"
+
+
+@pytest.mark.engine
+def test_another_plugins_model_is_left_in_place(caplog: pytest.LogCaptureFixture) -> None:
+    from vllm.model_executor.models import ModelRegistry
+
+    from vllm_gemma4q.plugin import register_quark_int8
+
+    before = ModelRegistry.models["Gemma4ForCausalLM"]
+    try:
+        ModelRegistry.register_model("Gemma4ForCausalLM", "somebody.elses:Gemma4ForCausalLM")
+        register_quark_int8()
+        assert ModelRegistry.models["Gemma4ForCausalLM"].module_name == "somebody.elses"
+    finally:
+        ModelRegistry.models["Gemma4ForCausalLM"] = before
+    assert "provided by somebody.elses, which is left in place" in caplog.text
+
+
+@pytest.mark.engine
+def test_override_answers_for_its_own_only() -> None:
+    from vllm_gemma4q.quark_int8.config import QuarkInt8Config
+
+    answer = QuarkInt8Config.override_quantization_method
+    assert answer(QUARK_013, None, hf_config=GEMMA4) == METHOD_NAME
+    assert answer(QUARK_013, None, hf_config=LLAMA) is None
+    assert answer(QUARK_013, None) is None
+    assert answer({"quant_method": "fp8"}, None, hf_config=GEMMA4) is None
+
+
+def _engine_config(folder: Path):
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(model=str(folder), enforce_eager=True, max_model_len=256).create_engine_config()
+
+
+@pytest.fixture
+def small_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in engine_environment().items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("small_engine")
+def test_claimed_without_flags_and_picklable(moe: Family) -> None:
+    from vllm_gemma4q.quark_int8.config import QuarkInt8Config
+
+    config = _engine_config(moe.variants["int8"]).quant_config
+    assert isinstance(config, QuarkInt8Config) and config.facts is not None
+    copy = pickle.loads(pickle.dumps(config))
+    for prefix in ("language_model.model.", "model."):
+        assert copy.is_int8(f"{prefix}layers.2.self_attn.qkv_proj")
+        assert copy.is_int8(f"{prefix}layers.0.mlp.gate_up_proj")
+        assert copy.is_int8(f"{prefix}layers.0.experts")
+    assert not copy.is_int8("vision_tower.encoder.layers.0.mlp.gate_proj.linear")
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("small_engine")
+def test_bf16_is_not_claimed(moe: Family) -> None:
+    assert _engine_config(moe.bf16).quant_config is None
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("small_engine")
+def test_a_missing_scale_is_refused(dense: Family, tmp_path: Path) -> None:
+    broken, name = _without_a_scale(dense, tmp_path)
+    with pytest.raises(InputError, match=f"tensor {name}: got nothing"):
+        _engine_config(broken)
+
+
+@pytest.mark.engine
+def test_vllm_serve_shows_the_refusal(dense: Family, tmp_path: Path) -> None:
+    broken, name = _without_a_scale(dense, tmp_path)
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(broken), "--max-model-len", "256"]
+    done = subprocess.run(
+        command, env=engine_environment(), cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode != 0
+    last_line = done.stderr.rstrip().rpartition("\n")[2]
+    assert last_line.startswith(f"vllm_gemma4q.errors.InputError: tensor {name}: got nothing (missing), expected BF16")
+
+
+def _without_a_scale(family: Family, folder: Path) -> tuple[Path, str]:
+    name = f"{checkpoints.ROOT}1.mlp.up_proj.weight_scale"
+
+    def drop(tensors: checkpoints.Tensors) -> checkpoints.Tensors:
+        return {other: tensor for other, tensor in tensors.items() if other != name}
+
+    return checkpoints.edit(family.variants["int8"], folder / "broken", drop), name

@@ -1,0 +1,79 @@
+"""Quark INT8 checkpoints in a real vLLM on a CPU: close to BF16, equal over ranks, in every layout of experts."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tolerances import QUARK_INT8_DIVERGENCE
+from vllm_plugin.conftest import Family
+from vllm_plugin.engine import Answers, divergence
+
+pytestmark = pytest.mark.engine
+
+DISAGREES = "config.json's exclude list disagrees with the weights"
+
+
+def _within(answers: dict[str, Answers], variant: str, bound: tuple[float, float]) -> bool:
+    measured = divergence(answers["bf16"], answers[variant])
+    print(f"{variant}: {measured}")
+    max_kld, min_same_top = bound
+    return measured.mean_kld <= max_kld and measured.same_top >= min_same_top
+
+
+def test_bf16_is_sure_of_its_text(dense_answers: dict[str, Answers], moe_answers: dict[str, Answers]) -> None:
+    """Otherwise a small divergence would prove nothing."""
+    for answers in (dense_answers, moe_answers):
+        assert max(scores.max() for scores in answers["bf16"].logprobs) > -0.1
+
+
+@pytest.mark.parametrize("variant", ["int8", "bf16_attention", "odd_excludes", "no_excludes"])
+def test_dense_diverges_little(dense_answers: dict[str, Answers], variant: str) -> None:
+    assert _within(dense_answers, variant, QUARK_INT8_DIVERGENCE["dense"])
+
+
+@pytest.mark.parametrize("variant", ["int8", "fused", "slips"])
+def test_moe_diverges_little(moe_answers: dict[str, Answers], variant: str) -> None:
+    assert _within(moe_answers, variant, QUARK_INT8_DIVERGENCE["moe"])
+
+
+def test_one_corrupted_scale_breaks_the_bound(
+    dense_answers: dict[str, Answers], moe_answers: dict[str, Answers]
+) -> None:
+    assert not _within(dense_answers, "corrupted", QUARK_INT8_DIVERGENCE["dense"])
+    assert not _within(moe_answers, "corrupted", QUARK_INT8_DIVERGENCE["moe"])
+
+
+@pytest.mark.parametrize("variant", ["odd_excludes", "no_excludes"])
+def test_exclude_lists_change_nothing(dense_answers: dict[str, Answers], variant: str) -> None:
+    _assert_same(dense_answers["int8"], dense_answers[variant])
+
+
+def test_fused_experts_are_the_same_experts(moe_answers: dict[str, Answers]) -> None:
+    _assert_same(moe_answers["int8"], moe_answers["fused"])
+
+
+def _assert_same(expected: Answers, got: Answers) -> None:
+    assert all((a == b).all() for a, b in zip(expected.logprobs, got.logprobs, strict=True))
+    assert expected.tokens == got.tokens
+
+
+def test_pictures_are_answered_alike(dense_answers: dict[str, Answers], moe_answers: dict[str, Answers]) -> None:
+    for answers in (dense_answers, moe_answers):
+        assert len(set(answers["bf16"].texts)) > 1
+        assert answers["int8"].texts == answers["bf16"].texts
+
+
+def test_a_wrong_exclude_list_is_reported(dense_answers: dict[str, Answers]) -> None:
+    assert DISAGREES not in dense_answers["int8"].log
+    assert f"{DISAGREES} on 3 modules, e.g. model.language_model.layers.0.self_attn.k_proj is int8" in (
+        dense_answers["odd_excludes"].log
+    )
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_two_ranks_continue_alike(
+    kind: str, request: pytest.FixtureRequest, ask_two_ranks: Callable[[Path], Answers]
+) -> None:
+    family: Family = request.getfixturevalue(kind)
+    alone: Answers = request.getfixturevalue(f"{kind}_answers")["int8"]
+    assert ask_two_ranks(family.variants["int8"]).tokens == alone.tokens
