@@ -90,7 +90,7 @@ def linear(
 def pack(
     w_q: torch.Tensor, w_scale: torch.Tensor, out_dtype: torch.dtype = torch.bfloat16, backend: str = "auto"
 ) -> OneDnnWeight | PlainWeight:
-    """A weight in the layout that runs fastest on its device; it has `scaled_mm(x_q, x_scale, bias)` and `linear(x, bias)`.
+    """A weight in the layout that runs fastest on its device, with methods `scaled_mm` and `linear`.
 
     Args:
         w_q, w_scale: int8 [N, K], float32 [N]; may be released afterwards.

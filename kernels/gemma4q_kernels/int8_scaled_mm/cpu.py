@@ -5,6 +5,8 @@ fast as `_int_mm` and as bfloat16. Both are exact. `_int_mm` also serves GPUs (c
 rules hold.
 """
 
+import weakref
+
 import torch
 
 from gemma4q_kernels.int8_scaled_mm.problem import (
@@ -50,21 +52,19 @@ def scaled_mm(
 class OneDnnWeight:
     """A weight reordered by oneDNN for one output dtype; the original tensor may be released.
 
-    Not picklable and not movable: it owns memory outside torch, of the size of the weight, freed with the object.
+    Not picklable: it owns memory outside torch, of the size of the weight, freed with the object.
     """
 
     def __init__(self, w_q: torch.Tensor, w_scale: torch.Tensor, out_dtype: torch.dtype) -> None:
-        self._handler: torch.Tensor | None = None
         self.n, self.k = check_weight(w_q, w_scale)
         self.out_dtype = out_dtype
+        self._scale = w_scale.reshape(-1).clone()  # the handler reads it at every call and does not own it
         address = torch.ops._C.create_onednn_scaled_mm_handler(
-            w_q.contiguous().t(), w_scale.reshape(-1), out_dtype, True, False, _PRIMITIVES_KEPT
+            w_q.contiguous().t(), self._scale, out_dtype, True, False, _PRIMITIVES_KEPT
         )
+        # Not at exit: by then torch may be gone, and the memory goes with the process.
+        weakref.finalize(self, torch.ops._C.release_dnnl_matmul_handler, address).atexit = False
         self._handler = torch.tensor(address, dtype=torch.int64)  # the form in which the operators take it
-
-    def __del__(self) -> None:
-        if self._handler is not None:
-            torch.ops._C.release_dnnl_matmul_handler(int(self._handler))
 
     @staticmethod
     def can_implement(problem: Problem) -> Support:
@@ -74,12 +74,12 @@ class OneDnnWeight:
         return vllm_onednn()
 
     def scaled_mm(self, x_q: torch.Tensor, x_scale: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """int8 [M, K] and float32 [M, 1] -> [M, N] of `out_dtype`."""
+        """int8 [M, K] and float32 [M, 1] -> [M, N] of `out_dtype`, to which the bias is rounded first."""
         m = check_activations(x_q, x_scale, self.k)
         check_bias(bias, self.n)
         out = torch.empty((m, self.n), dtype=self.out_dtype)
         if m:
-            bias = None if bias is None else bias.float()
+            bias = None if bias is None else bias.to(self.out_dtype)
             torch.ops._C.onednn_scaled_mm(out, x_q.contiguous(), x_scale, None, None, bias, self._handler)
         return out
 

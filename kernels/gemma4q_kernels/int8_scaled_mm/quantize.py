@@ -1,15 +1,18 @@
 """Symmetric INT8 quantization: weights per output channel, activations per token.
 
 Weights follow AMD Quark's Int8PerChannelSpec(symmetric, half_even, MinMax) to the bit, so that a checkpoint written
-here and one written by Quark are the same checkpoint:
+here and one written by Quark 0.13 are the same checkpoint:
 
-    scale = max(absmax / 127.5, 2**-23), rounded to the dtype of the weight     (127.5 = (127 - -128) / 2)
+    scale = max(absmax / 127.5, 2**-23)     in bfloat16 for a bfloat16 weight, else in float32; 127.5 = (127 + 128) / 2
     q     = clamp(round_half_even(w * (1 / scale)), -128, 127)                  in float32
 
 The step is thus 0.4 % finer than absmax / 127, and a value at +absmax may lie up to 0.75 steps above the largest
 code. A row of zeros has the scale 2**-23 and dequantizes to exact zeros; rows below 127.5 * 2**-23 lose their digits.
 
 Activations follow vLLM's kernels: scale = absmax / 127, q = round_half_even(x * (1 / scale)), never below -127.
+
+Every operation below synchronizes torch's threads. Where the cores are also doing something else, tensors quantized
+side by side in threads of their own (after torch.set_num_threads(1)) are many times faster than two threads on one.
 
 Not done here: zero points, groups, calibration.
 """
@@ -81,7 +84,9 @@ def _quantize_block(block: torch.Tensor, q: torch.Tensor, scale: torch.Tensor, s
     scratch.copy_(block)
     absmax = torch.maximum(scratch.amax(dim=1), scratch.amin(dim=1).neg_())
     # Quark divides in the dtype of the weight and only then widens, so the scale has that dtype's precision.
-    rounded = (absmax.to(block.dtype) / WEIGHT_LEVELS).clamp_min_(WEIGHT_SCALE_MIN)
+    # Not so for float16, whose small scales are subnormal: rounding them could clip a row by tens of steps.
+    absmax = absmax if block.dtype == torch.float16 else absmax.to(block.dtype)
+    rounded = (absmax / WEIGHT_LEVELS).clamp_min_(WEIGHT_SCALE_MIN)
     scale.copy_(rounded)
     inverse = rounded.float().reciprocal_().unsqueeze(1)
     q.copy_(scratch.mul_(inverse).round_().clamp_(-128.0, 127.0))

@@ -1,0 +1,75 @@
+"""Compile a Triton kernel ahead of time, without a GPU or a driver, and read what its machine code contains."""
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """Registers, spills and the instructions of one compiled kernel.
+
+    spills: spilled registers on AMD, local-memory instructions on NVIDIA. shared: bytes of LDS or shared memory.
+    """
+
+    text: str
+    registers: int
+    spills: int
+    shared: int
+
+    def count(self, pattern: str) -> int:
+        """Instructions that match a regular expression."""
+        return len(re.findall(pattern, self.text))
+
+
+def compile_ahead(
+    kernel: Any,
+    architecture: str,
+    types: dict[str, str],
+    constants: dict[str, object],
+    aligned: tuple[str, ...],
+    options: dict[str, object],
+) -> MachineCode:
+    """Compile for `sm_90`, `gfx1100`, ...
+
+    Args:
+        types: Triton type of each argument that is not a constant, such as `*i8`.
+        aligned: arguments that are multiples of 16, as the just-in-time compiler would find.
+        options: num_warps, num_stages, ...
+    """
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    amd = architecture.startswith("gfx")
+    target = GPUTarget("hip", architecture, 32) if amd else GPUTarget("cuda", int(architecture[3:]), 32)
+    compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=options)
+    return _read_amd(compiled) if amd else _read_nvidia(compiled)
+
+
+def _read_amd(compiled: Any) -> MachineCode:
+    text = compiled.asm["amdgcn"]
+    registers, spills = (
+        int(re.search(rf"\.{field}:\s+(\d+)", text)[1])  # type: ignore[index]
+        for field in ("vgpr_count", "vgpr_spill_count")
+    )
+    return MachineCode(text, registers, spills, compiled.metadata.shared)
+
+
+def _read_nvidia(compiled: Any) -> MachineCode:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, text = (
+            subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    registers = int(re.search(r"REG:(\d+)", usage)[1])  # type: ignore[index]
+    return MachineCode(text, registers, len(re.findall(r"\b(?:STL|LDL)\b", text)), compiled.metadata.shared)

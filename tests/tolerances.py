@@ -1,0 +1,23 @@
+"""Every bound on a floating-point error that the tests allow, and the only place for one.
+
+Each bound has a test that breaks it by scaling one input by 1.1. Integer and packing tests need no entry: they are
+exact. The metrics are functions here so that a bound never drifts from what it bounds.
+"""
+
+import torch
+
+
+def rms_error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Root mean square of the difference over that of `expected`; infinite where `got` is not finite."""
+    if not bool(got.isfinite().all()):
+        return float("inf")
+    difference = got.double() - expected.double()
+    return float(difference.square().mean().sqrt() / expected.double().square().mean().sqrt())
+
+
+# int8_scaled_mm: the sum is exact, so only the epilogue rounds: three float32 operations, then the output dtype.
+INT8_SCALED_MM = {torch.float32: 2e-7, torch.bfloat16: 2.5e-3, torch.float16: 3e-4}
+
+# grouped_mm INT8 against float64. Beside the above: float32 noise flips a rounding of the intermediate now and then,
+# which moves one of its codes by one.
+INT8_MOE = {torch.float32: 1e-3, torch.bfloat16: 4e-3}
