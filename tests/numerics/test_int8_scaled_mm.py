@@ -68,6 +68,15 @@ def test_any_strides() -> None:
     assert torch.equal(expected, scaled_mm(x_q.t().contiguous().t(), x_scale.flatten(), w_q, w_scale.unsqueeze(1)))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_slices(backend: str) -> None:
+    x_q, _, w_q, _ = operands(16, 64, 128)
+    ones = torch.ones(16, 1), torch.ones(21)
+    x, w = x_q[:, 1::2], w_q[1::3, 1::2]
+    got = scaled_mm(x, ones[0], w, ones[1], out_dtype=torch.float32, backend=backend)
+    assert torch.equal(got.double(), oracle(x, ones[0], w, ones[1]))
+
+
 def test_empty_batch() -> None:
     _, _, w_q, w_scale = operands(1, 5, 8)
     assert linear(torch.empty(0, 8), w_q, w_scale).shape == (0, 5)
