@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
+from rich.filesize import decimal
+from rich.table import Table
 
 from vllm_gemma4q.architecture import Role, role_of
 from vllm_gemma4q.checkpoint import DTYPE_BYTES, Step
@@ -23,11 +24,23 @@ def summarize(steps: Iterable[Step]) -> dict[str, dict[str, int]]:
         row["bytes_before"] += stop - start
         row["bytes_after"] += step.output_bytes
     order = [role.value for role in Role if role.value in table]
-    result = {role: table[role] for role in order}
-    result["total"] = {key: int(np.sum([row[key] for row in result.values()])) for key in _COUNTERS}
+    result: dict[str, dict[str, int]] = {role: table[role] for role in order}
+    result["total"] = {key: sum(row[key] for row in result.values()) for key in _COUNTERS}
     return result
 
 
 def quantized_share(row: Mapping[str, Any]) -> float:
     """Fraction of a role's parameters that are quantized, 0 to 1."""
     return row["quantized"] / row["parameters"] if row["parameters"] else 0.0
+
+
+def to_table(summary: Mapping[str, Mapping[str, int]], title: str) -> Table:
+    """A summary as a table for a terminal."""
+    table = Table(title=title)
+    table.add_column("role")
+    for column in ("parameters", "quantized", "before", "after"):
+        table.add_column(column, justify="right")
+    for role, row in summary.items():
+        sizes = [decimal(row[key]) for key in ("bytes_before", "bytes_after")]
+        table.add_row(role, f"{row['parameters']:,}", f"{quantized_share(row):.1%}", *sizes)
+    return table

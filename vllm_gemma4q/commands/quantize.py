@@ -10,14 +10,13 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.filesize import decimal
-from rich.table import Table
 from tqdm import tqdm
 
 from vllm_gemma4q.checkpoint import open_checkpoint
 from vllm_gemma4q.checkpoint.convert import Conversion, convert
 from vllm_gemma4q.quark_int8 import quantize as quark_int8
 from vllm_gemma4q.sizes import parse_size
-from vllm_gemma4q.summary import quantized_share
+from vllm_gemma4q.summary import to_table
 
 
 class Scheme(StrEnum):
@@ -74,13 +73,6 @@ def _report(conversion: Conversion, target: Path) -> dict[str, Any]:
 
 
 def _print(report: dict[str, Any]) -> None:
-    table = Table(title=f"{report['source']} -> {report['scheme']}")
-    table.add_column("role")
-    for title in ("parameters", "quantized", "before", "after"):
-        table.add_column(title, justify="right")
-    for role, row in report["roles"].items():
-        size = [decimal(row[key], separator=" ") for key in ("bytes_before", "bytes_after")]
-        table.add_row(role, f"{row['parameters']:,}", f"{quantized_share(row):.1%}", *size, end_section=role == "total")
-    Console().print(table)
+    Console().print(to_table(report["roles"], title=f"{report['source']} -> {report['scheme']}"))
     before, after = report["source_bytes"], report["output_bytes"]
     print(f"{decimal(before)} -> {decimal(after)} ({after / before:.1%}) in {report['shards']} file(s)")

@@ -1,0 +1,44 @@
+# Every target brings what it needs into .venv first; repeated, that takes a tenth of a second.
+
+# A python3 that already has vLLM (a GPU build) is used as it is.
+PYTHON ?= $(shell python3 -c 'import importlib.metadata as m; m.version("vllm")' 2>/dev/null && echo python3 \
+	|| command -v python3.11 || command -v python3)
+RUN := .venv/bin/python
+
+.PHONY: help environment demo test test-slow lint benchmark small-models clean
+
+help:
+	@echo "make demo [MODEL=folder]  quantize a Gemma 4 to INT8, serve it, report"
+	@echo "make test                 the tests (about 10 minutes on 2 cores)"
+	@echo "make test-slow            the tests that take longer"
+	@echo "make lint                 ruff, mypy, typos"
+	@echo "make benchmark            the quantizer beside AMD Quark and a plain copy"
+	@echo "make small-models         train the small Gemma 4 checkpoints again"
+
+environment:
+	@$(PYTHON) environment/create.py
+
+demo: environment
+	@$(RUN) examples/demo.py $(if $(MODEL),--model "$(MODEL)")
+
+test: environment
+	$(RUN) -m pytest -m "not slow" $(ARGS)
+
+test-slow: environment
+	$(RUN) -m pytest -m slow $(ARGS)
+
+lint: environment
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	.venv/bin/typos
+
+benchmark: environment
+	@$(PYTHON) environment/create.py --quark
+	$(RUN) benchmarks/quantize_int8.py
+
+small-models: environment
+	$(RUN) examples/small_gemma4/build.py all
+
+clean:
+	rm -rf .venv .venv-quark build dist demo-output *.egg-info

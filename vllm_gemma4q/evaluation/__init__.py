@@ -1,0 +1,1 @@
+"""What a quantized checkpoint is worth, measured on the engine that serves it."""

@@ -1,0 +1,106 @@
+"""Run `vllm serve` on a checkpoint for as long as a measurement takes."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_gemma4q.errors import InputError
+
+MODEL_NAME = "model"
+READY_TIMEOUT_SECONDS = 1800
+# On a CPU, vLLM would reserve most of the machine's memory for the KV cache. A user's own setting wins.
+CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server: `url` ends in `/v1`, `command` is what a user would type, `log` what it printed."""
+
+    url: str
+    command: tuple[str, ...]
+    log: Path
+
+
+@contextlib.contextmanager
+def serve(checkpoint: Path, flags: Sequence[str], log: Path) -> Iterator[Server]:
+    """Serve `checkpoint` on a free local port under the name `model` until the block is left.
+
+    Args:
+        flags: of `vllm serve`, beside the port and the name.
+        log: file that receives the server's output.
+
+    Raises:
+        InputError: `vllm` is not installed, or the server died or was not ready in time; names the log.
+    """
+    port = _free_port()
+    command = ("vllm", "serve", str(checkpoint), "--port", str(port), "--served-model-name", MODEL_NAME, *flags)
+    environment = {**CPU_ENVIRONMENT, **os.environ}
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [_vllm(), *command[1:]],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,
+        )
+    try:
+        _wait_until_ready(process, port, log)
+        yield Server(f"http://127.0.0.1:{port}/v1", command, log)
+    finally:
+        _stop(process)
+
+
+def _vllm() -> str:
+    """The `vllm` of the running Python, before any other on PATH."""
+    beside = Path(sys.executable).with_name("vllm")
+    found = str(beside) if beside.exists() else shutil.which("vllm")
+    if found is None:
+        raise InputError("command vllm: not found, expected an installed vLLM")
+    return found
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_ready(process: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
+    deadline = time.monotonic() + READY_TIMEOUT_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise InputError(f"vllm serve: exited with code {process.returncode}; last error: {_last_error(log)}")
+        with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+            return
+        time.sleep(0.5)
+    raise InputError(f"vllm serve: not ready after {READY_TIMEOUT_SECONDS} s; see {log}")
+
+
+def _last_error(log: Path) -> str:
+    """The line of the log that says what went wrong: a traceback's last line, else the log's."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if "Error" in line and "Engine core initialization failed" not in line]
+    return f"{(errors or lines or ['nothing printed'])[-1].strip()} (see {log})"
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    """End the server and the engine processes of its session."""
+    if process.poll() is None:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=30)
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
