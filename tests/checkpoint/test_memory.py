@@ -1,0 +1,31 @@
+"""Peak memory of the quantizer: a few blocks of rows, whatever the tensors' sizes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from synthetic import CONFIG_31B, shapes, write_header_only
+
+GEMMA4Q = Path(sys.executable).with_name("gemma4q")
+MB = 1_000_000
+
+
+def test_peak_memory_is_bounded_whatever_the_largest_tensor(tmp_path):
+    """One layer of the 31B: three tensors of 231 MB, a checkpoint of about 1 GB (of zeros, so it is written fast)."""
+    text = {
+        **CONFIG_31B["text_config"],
+        "num_hidden_layers": 1,
+        "layer_types": ["sliding_attention"],
+        "vocab_size": 1024,
+    }
+    config = {**CONFIG_31B, "text_config": text, "vision_config": None}
+    source = write_header_only(tmp_path / "source", config, shapes(config).items())
+    largest = 2 * 21504 * 5376
+    command = [GEMMA4Q, "quantize", source, tmp_path / "target", "--scheme", "quark-int8"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    assert status == 0
+    peak = usage.ru_maxrss * 1024
+    assert peak < 2.5 * largest + 400 * MB
+    assert peak < 500 * MB, "the stream should hold blocks, not tensors"
