@@ -4,6 +4,7 @@ Edits go through the safetensors library and plain dictionaries, not through the
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -50,9 +51,14 @@ def edit(
     return target
 
 
-def multiply(tensors: Tensors, name: str, factor: float) -> Tensors:
-    """One tensor times a factor."""
-    return tensors | {name: tensors[name] * factor}
+def multiply_half(tensors: Tensors, pattern: str, factor: float) -> Tensors:
+    """The first half of every tensor whose name matches, times a factor."""
+    changed = {}
+    for name in [name for name in tensors if re.search(pattern, name)]:
+        changed[name] = tensors[name].clone()
+        changed[name][: len(changed[name]) // 2] *= factor
+    assert changed
+    return tensors | changed
 
 
 def unquantize(tensors: Tensors, bf16: Tensors, prefix: str) -> Tensors:

@@ -15,8 +15,9 @@ MODELS = EXAMPLES
 PROMPT_TOKENS = 160
 DENSE_FULL_LAYER = f"{checkpoints.ROOT}2."  # full attention: no v_proj
 
-DENSE_SCALE = f"{checkpoints.ROOT}1.mlp.down_proj.weight_scale"
-MOE_SCALE = f"{checkpoints.ROOT}1.self_attn.o_proj.weight_scale"
+# Half a module's rows: a factor on all rows of any linear but gate_proj vanishes in the norm that follows it.
+CORRUPTED = (r"\.1\.self_attn\.o_proj\.weight_scale$", 1.5)
+CORRUPTED_EXPERTS = (r"\.experts\.\d+\.down_proj\.weight_scale$", 1.5)
 # In words that only this plugin understands, beside exact names of things that are int8 in the file.
 ODD_EXCLUDES = ["*vision_tower*", "re:.*router.*", "language_model.model.layers.0.self_attn.qkv_proj", "lm_head"]
 
@@ -31,10 +32,15 @@ class Family:
 
 @dataclass(frozen=True)
 class Questions:
-    """What every engine is asked."""
+    """What every engine is asked: text to score, chats to answer, pictures to describe."""
 
-    prompts: list[list[int]]
+    text: list[list[int]]
+    chats: list[list[int]]
     pictures: list[tuple[object, str]]
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        return self.text + self.chats
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +56,7 @@ def dense(small_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Famil
     attention = f"{DENSE_FULL_LAYER}self_attn."
     variants = {
         "int8": int8,
-        "corrupted": _edited(folder, "corrupted", int8, lambda t: checkpoints.multiply(t, DENSE_SCALE, 1.5)),
+        "corrupted": _edited(folder, "corrupted", int8, lambda t: checkpoints.multiply_half(t, *CORRUPTED)),
         "bf16_attention": _edited(
             folder, "bf16_attention", int8, lambda t: checkpoints.unquantize(t, original, attention)
         ),
@@ -72,7 +78,10 @@ def moe(small_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Family:
 
     variants = {
         "int8": int8,
-        "corrupted": _edited(folder, "corrupted", int8, lambda t: checkpoints.multiply(t, MOE_SCALE, 1.5)),
+        "corrupted": _edited(folder, "corrupted", int8, lambda t: checkpoints.multiply_half(t, *CORRUPTED)),
+        "corrupted_experts": _edited(
+            folder, "corrupted_experts", int8, lambda t: checkpoints.multiply_half(t, *CORRUPTED_EXPERTS)
+        ),
         "fused": _edited(folder, "fused", int8, checkpoints.fuse_experts),
         "slips": _edited(folder, "slips", int8, slips),
     }
@@ -92,9 +101,14 @@ def questions(small_models: Path) -> Questions:
 
     held_out = _held_out()
     tokenizer = AutoTokenizer.from_pretrained(small_models / "dense")
-    prompts = [tokenizer(text).input_ids[:PROMPT_TOKENS] for text in held_out.natural_text()[:4]]
+    text = [tokenizer(text).input_ids[:PROMPT_TOKENS] for text in held_out.natural_text()[:4]]
+    # One right word each: where an answer may go on, its end is a near-tie that any other rounding flips.
+    one_word = [chat for chat in held_out.conversations(64) if " " not in chat[-1]["content"]]
+    chats = [
+        tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True, return_dict=False) for chat in one_word[:8]
+    ]
     pictures = [(picture.image, picture.question) for picture in held_out.questions_about_pictures(4)]
-    return Questions(prompts, pictures)
+    return Questions(text, chats, pictures)
 
 
 def _held_out() -> ModuleType:

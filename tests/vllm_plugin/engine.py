@@ -46,7 +46,7 @@ class Request:
     model: Path
     prompts: Sequence[Sequence[int]] = ()
     pictures: Sequence[tuple[Any, str]] = ()
-    max_tokens: int = 8
+    max_tokens: int = 16
     engine: dict[str, Any] = field(default_factory=dict)
 
 
@@ -56,15 +56,15 @@ class Answers:
 
     Attributes:
         logprobs: float32 [T - 1, V] a prompt of T tokens: position t scores token t + 1.
-        tokens: greedy continuation of each prompt.
+        tokens: greedy continuation of each prompt, to the end of the turn or `max_tokens`.
         texts: answers about the pictures.
         log: everything printed from its start on, to the start of the next.
     """
 
-    logprobs: tuple[np.ndarray, ...]
+    logprobs: tuple[np.ndarray, ...] = field(repr=False)
     tokens: tuple[tuple[int, ...], ...]
     texts: tuple[str, ...]
-    log: str
+    log: str = field(repr=False)
 
 
 def ask(request: Request) -> Answers:

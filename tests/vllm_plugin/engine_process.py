@@ -28,9 +28,7 @@ def answer(request: dict[str, Any]) -> dict[str, np.ndarray]:
 
     llm = LLM(**request["engine"])
     arrays: dict[str, np.ndarray] = {}
-    greedy = SamplingParams(
-        temperature=0, max_tokens=request["max_tokens"], prompt_logprobs=-1, ignore_eos=True, detokenize=False
-    )
+    greedy = SamplingParams(temperature=0, max_tokens=request["max_tokens"], prompt_logprobs=-1, detokenize=False)
     prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
     width = llm.llm_engine.model_config.get_vocab_size()
     for index, output in enumerate(llm.generate(prompts, greedy, use_tqdm=False) if prompts else []):
