@@ -1,8 +1,8 @@
 """Build the small checkpoints: `python examples/small_gemma4/build.py [dense|moe|all] [--output DIR] [--steps N]`.
 
 Writes DIR/dense and DIR/moe (default: beside this file), each a complete checkpoint folder plus training.json with
-losses, accuracies, steps and seconds. Needs torch and transformers, no network and no GPU. The same versions on the same
-kind of processor give the same bytes (except for the seconds).
+losses, accuracies, steps and seconds. Needs torch and transformers, no network and no GPU. The same versions and number
+of threads on the same kind of processor give the same bytes (except for the seconds).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import transformers
 
 from small_gemma4 import chats, corpus, evaluate, model, tokenizer, train
 
-STEPS = {"dense": 1000, "moe": 1000}
+STEPS = {"dense": 900, "moe": 900}
 TOKENIZER_CHATS = 4000
 
 
@@ -33,17 +33,18 @@ def build_tokenizer() -> transformers.GemmaTokenizer:
     return tokenizer.build([*corpus.training_sections(), *lines])
 
 
-def build(kind: str, folder: Path, steps: int) -> dict[str, Any]:
+def build(kind: str, folder: Path, recipe: train.Recipe) -> dict[str, Any]:
     """Train one model, write its checkpoint and training.json, and return the latter."""
     folder.mkdir(parents=True, exist_ok=True)
     processor = model.build_processor(build_tokenizer())
     network = model.build_model(model.build_config(kind, processor.tokenizer), seed=0)
     started = time.perf_counter()
-    train.train(network, processor, train.Recipe(steps))
+    train.train(network, processor, recipe)
     seconds = time.perf_counter() - started
     model.save(network, processor, kind, folder)
     result = {
-        "steps": steps,
+        "steps": recipe.steps,
+        "threads": recipe.threads,
         "seconds": round(seconds, 1),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "torch": torch.__version__,
@@ -59,10 +60,12 @@ def main() -> None:
     parser.add_argument("kind", nargs="?", default="all", choices=["dense", "moe", "all"])
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent, help="where dense/, moe/ go")
     parser.add_argument("--steps", type=int, help="training steps (default: dense {dense}, moe {moe})".format(**STEPS))
+    parser.add_argument("--threads", type=int, default=train.THREADS, help="processor threads (default: %(default)s)")
     arguments = parser.parse_args()
     kinds = ["dense", "moe"] if arguments.kind == "all" else [arguments.kind]
     for kind in kinds:
-        result = build(kind, arguments.output / kind, arguments.steps or STEPS[kind])
+        recipe = train.Recipe(arguments.steps or STEPS[kind], threads=arguments.threads)
+        result = build(kind, arguments.output / kind, recipe)
         held, accuracy = result["held_out_loss"], result["chat_accuracy"]["all"]
         print(f"{kind}: text {held['text']:.3f}, chat {held['chat']:.3f} nats/token, {accuracy:.0%} right answers")
 

@@ -124,7 +124,7 @@ def expert_usage(model: Gemma4ForConditionalGeneration, tokenizer: GemmaTokenize
     """Share of the routed tokens of each expert, by layer, on held-out text and on held-out chats; empty if dense."""
     probe = RouterProbe(model)
     usage: dict[str, list[list[float]]] = {}
-    for name, (inputs, weights) in {"text": text_batch(tokenizer), "chat": chat_batch(tokenizer)}.items():
+    for name, (inputs, _) in {"text": text_batch(tokenizer), "chat": chat_batch(tokenizer)}.items():
         real = inputs["input_ids"] != tokenizer.pad_token_id
         model(input_ids=inputs["input_ids"], use_cache=False, logits_to_keep=1)
         layers = []

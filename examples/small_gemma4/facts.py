@@ -7,10 +7,15 @@ def _pairs(text: str) -> dict[str, str]:
     return {left.replace("_", " "): right.replace("_", " ") for left, right in (e.split(":") for e in text.split())}
 
 
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
 CAPITALS = _pairs(
     "France:Paris Germany:Berlin Italy:Rome Spain:Madrid Portugal:Lisbon Austria:Vienna Poland:Warsaw Greece:Athens "
     "Norway:Oslo Sweden:Stockholm Finland:Helsinki Denmark:Copenhagen Ireland:Dublin Hungary:Budapest Russia:Moscow "
-    "Japan:Tokyo China:Beijing India:New_Delhi Egypt:Cairo Kenya:Nairobi Peru:Lima Cuba:Havana Canada:Ottawa Iran:Tehran"
+    "Japan:Tokyo China:Beijing India:New_Delhi Egypt:Cairo Kenya:Nairobi Peru:Lima Cuba:Havana Canada:Ottawa "
+    "Iran:Tehran"
 )
 OPPOSITES = _pairs(
     "hot:cold big:small up:down left:right open:closed day:night good:bad fast:slow old:new happy:sad light:dark "
@@ -23,9 +28,14 @@ COLOURS = _pairs(
 )
 SOUNDS = _pairs("dog:woof cat:meow cow:moo duck:quack sheep:baa pig:oink bee:buzz lion:roar owl:hoot snake:hiss")
 ANIMAL_LEGS = _pairs("dog:4 cat:4 bird:2 spider:8 ant:6 fish:0 horse:4 snake:0 hen:2 bee:6")
-DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"]
-NAMES = ["Anna", "Ben", "Clara", "David", "Emma", "Felix", "Grace", "Henry", "Ida", "Jack", "Kate", "Leo", "Mia", "Noah", "Olga", "Paul", "Rosa", "Sam", "Tina", "Walter"]
-WORDS = ["apple", "bread", "chair", "dance", "eagle", "flame", "glass", "house", "iron", "juice", "king", "lamp", "moon", "night", "ocean", "paper", "queen", "river", "stone", "table", "uncle", "voice", "water", "yard", "zebra", "cloud", "dream", "field", "garden", "honey", "island", "jacket", "kitten", "ladder", "market", "needle"]
-SHORT_WORDS = ["cat", "dog", "sun", "map", "pen", "cup", "hat", "bed", "box", "car", "bus", "net", "pot", "lid", "jam", "fog", "pig", "ant", "owl", "fox", "ice", "oak", "sea", "sky", "toy", "van", "web", "zip"]
+DAYS = _words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
+MONTHS = _words("January February March April May June July August September October November December")
+NAMES = _words("Anna Ben Clara David Emma Felix Grace Henry Ida Jack Kate Leo Mia Noah Olga Paul Rosa Sam Tina Walter")
+WORDS = _words(
+    "apple bread chair dance eagle flame glass house iron juice king lamp moon night ocean paper queen river stone "
+    "table uncle voice water yard zebra cloud dream field garden honey island jacket kitten ladder market needle"
+)
+SHORT_WORDS = _words(
+    "cat dog sun map pen cup hat bed box car bus net pot lid jam fog pig ant owl fox ice oak sea sky toy van web zip"
+)
 CITIES = sorted(set(CAPITALS.values()))

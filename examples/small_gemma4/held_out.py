@@ -26,6 +26,6 @@ def conversations(count: int = 256) -> list[list[dict[str, Any]]]:
 
 
 def questions_about_pictures(count: int = 64) -> list[pictures.Picture]:
-    """`count` pictures in held-out shades with question and answer; even places have one colour, odd ones two halves."""
+    """`count` pictures in held-out shades with question and answer; one colour at even places, else two halves."""
     stream = pictures.generate(seed=1, held_out=True)
     return [next(stream) for _ in range(count)]

@@ -30,10 +30,11 @@ class Recipe:
     text_length: int = 192
     chat_tokens: int = 1400
     picture_rows: int = 4
-    learning_rate: float = 4e-3
+    learning_rate: float = 6e-3
     warmup: int = 50
     weight_decay: float = 0.05
     balance: float = 0.01
+    threads: int = THREADS
 
 
 class RouterProbe:
@@ -106,9 +107,10 @@ def streams(processor: Gemma4Processor, recipe: Recipe) -> list[Iterator[batches
 
 def train(model: Gemma4ForConditionalGeneration, processor: Gemma4Processor, recipe: Recipe) -> None:
     """Train `model` in place; every step sees all three kinds of data."""
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(recipe.threads)
     torch.use_deterministic_algorithms(True)
     optimizer, probe, sources = build_optimizer(model, recipe), RouterProbe(model), streams(processor, recipe)
+    model.set_experts_implementation("grouped_mm")
     model.train()
     progress = tqdm(range(recipe.steps), desc="training", unit="step", disable=None)
     for step in progress:
