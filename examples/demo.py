@@ -122,8 +122,8 @@ def show(report: dict, output: Path) -> None:
     console.print(to_table(report["roles"], title))
     result = report["divergence"]
     console.print(
-        f"Divergence from BF16 over {result['positions']} positions: mean KLD {result['mean_kld']:.4f} "
-        f"± {result['standard_error']:.4f} nats, 99th percentile {result['p99_kld']:.4f}, "
+        f"Divergence from BF16 over {result['positions']} positions: mean KLD {result['mean_kld']:.2g} "
+        f"± {result['standard_error']:.1g} nats, 99th percentile {result['p99_kld']:.2g}, "
         f"same top token {result['same_top']:.1%}"
     )
     console.print(f"Question: {report['question']}")
