@@ -87,7 +87,12 @@ def measure(command: list[str], source: Path, target: Path) -> dict[str, float]:
     if status:
         raise SystemExit(f"{command[0]} failed:\n{log.decode()[-2000:]}")
     shutil.rmtree(target)
-    return {"seconds": seconds, "peak_bytes": usage.ru_maxrss * 1024, "cpu_seconds": usage.ru_utime + usage.ru_stime, "cold": cold}
+    return {
+        "seconds": seconds,
+        "peak_bytes": usage.ru_maxrss * 1024,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "cold": cold,
+    }
 
 
 def summarize(runs: dict[str, list[dict[str, float]]], source_bytes: int) -> dict[str, dict[str, float]]:
