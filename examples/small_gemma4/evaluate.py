@@ -41,7 +41,7 @@ def loss(model: Gemma4ForConditionalGeneration, batch: batches.Batch) -> float:
     """Mean loss of a large batch, 16 rows at a time."""
     inputs, weights = batch
     total = 0.0
-    for ids, part in zip(inputs["input_ids"].split(16), weights.split(16), strict=True):
+    for ids, part in zip(torch.split(inputs["input_ids"], 16), torch.split(weights, 16), strict=True):
         total += weighted_loss(model, ({"input_ids": ids}, part)).item() * part[:, 1:].sum().item()
     return total / weights[:, 1:].sum().item()
 
@@ -72,7 +72,8 @@ def generate(
 ) -> list[str]:
     """Greedy answers, without special tokens, to a batch of prompts padded on the left."""
     output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
-    return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    answers: list[str] = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answers
 
 
 def answer(

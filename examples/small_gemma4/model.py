@@ -170,7 +170,7 @@ def _initialise(name: str, tensor: torch.Tensor, config: Gemma4Config) -> None:
 
 def plain_config(config: Gemma4Config) -> dict[str, Any]:
     """The config as published checkpoints write it: global sizes as two keys instead of `per_layer_config`."""
-    result = json.loads(config.to_json_string(use_diff=False))
+    result: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
     text = result["text_config"]
     text.pop("per_layer_config", None)
     text.update(global_head_dim=GLOBAL_HEAD_DIM, num_global_key_value_heads=GLOBAL_KV_HEADS)

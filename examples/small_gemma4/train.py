@@ -119,7 +119,7 @@ def train(model: Gemma4ForConditionalGeneration, processor: Gemma4Processor, rec
         losses = []
         for source in sources:
             loss = weighted_loss(model, next(source))
-            (loss + recipe.balance * balance_loss(probe.take())).backward()
+            torch.autograd.backward(loss + recipe.balance * balance_loss(probe.take()))
             losses.append(loss.item())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
