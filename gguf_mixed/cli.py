@@ -1,0 +1,41 @@
+"""The `gguf-mixed` command: parses, calls the library, prints. One file a command under `commands/`."""
+
+import sys
+
+import typer
+
+from gguf_mixed.commands import imatrix, inspect
+from gguf_mixed.errors import InputError
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="gguf-mixed",
+    help="Mixed GGUF quantization of Gemma 4: what llama-quantize would write, tensor by tensor.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("inspect")(inspect.command)
+app.command("imatrix")(imatrix.command)
+
+
+def main() -> None:
+    """Entry point: bad input is one line on stderr and exit code 2; `--debug` anywhere shows the traceback."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    try:
+        app(args=arguments, prog_name="gguf-mixed")
+    except InputError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""`gguf-mixed imatrix FILE`"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gguf_mixed.imatrix import Imatrix, ImatrixEntry
+from gguf_mixed.imatrix_gguf import read_imatrix
+from gguf_mixed.roles import ranges
+
+
+def command(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="An imatrix: GGUF, or the older .dat.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+) -> None:
+    """Show what an imatrix was computed on, and which experts it never saw."""
+    imatrix = read_imatrix(file)
+    if as_json:
+        print(json.dumps(_report(file, imatrix)))
+        return
+    print(f"{file}: {len(imatrix.entries)} entries, {imatrix.chunk_count} chunks of {_chunk_size(imatrix)}")
+    for dataset in imatrix.datasets:
+        print(f"computed on: {dataset}")
+    experts = {name: entry for name, entry in imatrix.entries.items() if len(entry.counts) > 1}
+    if experts:
+        Console().print(_expert_table(experts))
+    missing = [name for name, entry in imatrix.entries.items() if len(entry.counts) == 1 and entry.never_used]
+    if missing:
+        print(f"without any data: {', '.join(missing)}")
+
+
+def _chunk_size(imatrix: Imatrix) -> str:
+    if imatrix.chunk_size is None:
+        return "unknown size (legacy file: counts are in chunks, and those of single experts are lost)"
+    return f"{imatrix.chunk_size} tokens"
+
+
+def _report(file: Path, imatrix: Imatrix) -> dict[str, Any]:
+    return {
+        "file": str(file),
+        "legacy": imatrix.chunk_size is None,
+        "datasets": list(imatrix.datasets),
+        "chunk_count": imatrix.chunk_count,
+        "chunk_size": imatrix.chunk_size,
+        "entries": {
+            name: {
+                "values": entry.sums.size,
+                "counts": entry.counts.tolist(),
+                "never_used": list(entry.never_used),
+            }
+            for name, entry in imatrix.entries.items()
+        },
+    }
+
+
+def _expert_table(experts: dict[str, ImatrixEntry]) -> Table:
+    table = Table(title="tokens seen by each expert")
+    table.add_column("tensor")
+    for heading in ("experts", "least", "median", "most"):
+        table.add_column(heading, justify="right")
+    table.add_column("never visited")
+    for name, entry in experts.items():
+        table.add_row(
+            name,
+            str(len(entry.counts)),
+            str(int(entry.counts.min())),
+            f"{np.median(entry.counts):g}",
+            str(int(entry.counts.max())),
+            ranges(entry.never_used),
+        )
+    return table

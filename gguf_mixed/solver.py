@@ -1,0 +1,176 @@
+"""Choose a type for every tensor: least total error within a budget of bytes, with proof.
+
+A multiple-choice knapsack with groups, solved as a mixed-integer program by HiGHS (scipy.optimize.milp). The
+solver's lower bound comes with the answer, so `gap` says how far from the best possible it can be at most.
+Pure: a table and constraints in, an assignment out.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from gemma4q_kernels.ggml import GGMLQuantizationType, bits_per_weight
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_matrix
+
+from gguf_mixed.error_table import ErrorRow, ErrorTable
+from gguf_mixed.errors import InputError
+
+RELATIVE_GAP = 1e-4
+TIME_LIMIT_SECONDS = 60.0
+# HiGHS may overstep a constraint by this much, relative to the budget; it is held back twice as far.
+_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What a user demands beside the budget. Patterns are regular expressions, searched in tensor names.
+
+    Attributes:
+        pins: pattern -> the type its tensors must have; the first pattern that matches counts.
+        floors: pattern -> the least bits a weight its tensors may have.
+        uniform: patterns whose groups name a unit: tensors with equal groups get one type
+            (`^blk\\.(\\d+)\\.attn_[qkv]` binds q, k and v of each layer). The first that matches counts.
+        types: the only types allowed, None for all.
+    """
+
+    pins: Mapping[str, GGMLQuantizationType] = field(default_factory=dict)
+    floors: Mapping[str, float] = field(default_factory=dict)
+    uniform: Sequence[str] = ()
+    types: frozenset[GGMLQuantizationType] | None = None
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A type for each tensor.
+
+    Attributes:
+        n_bytes, error: totals over the table's rows that were chosen.
+        gap: no assignment within the budget, less two bytes in a million, has an error below `error * (1 - gap)`.
+    """
+
+    types: dict[str, GGMLQuantizationType]
+    n_bytes: int
+    error: float
+    gap: float
+
+
+@dataclass(frozen=True)
+class _Option:
+    """One type for one unit of tensors."""
+
+    qtype: GGMLQuantizationType
+    n_bytes: int
+    error: float
+
+
+def solve(table: ErrorTable, budget: int, constraints: Constraints | None = None) -> Assignment:
+    """The assignment of least total error whose tensors take at most `budget` bytes.
+
+    Raises:
+        InputError: no type is left for a tensor, or the budget is below the least possible (both are named).
+    """
+    constraints = constraints or Constraints()
+    units = _units(table, constraints)
+    options = {unit: _undominated(_options(table, tensors, constraints)) for unit, tensors in units.items()}
+    least = sum(choices[0].n_bytes for choices in options.values())
+    most = sum(choices[-1].n_bytes for choices in options.values())
+    if budget < least:
+        raise InputError(
+            f"budget: got {budget:,} bytes, expected {least:,} (the least possible) to {most:,} (the most)"
+        )
+    chosen, gap = _choose(list(options.values()), budget)
+    types = {tensor: option.qtype for tensors, option in zip(units.values(), chosen, strict=True) for tensor in tensors}
+    return Assignment(types, sum(o.n_bytes for o in chosen), float(sum(o.error for o in chosen)), gap)
+
+
+def _units(table: ErrorTable, constraints: Constraints) -> dict[object, list[str]]:
+    """Tensors that must share a type, by what binds them."""
+    units: dict[object, list[str]] = {}
+    for tensor in table.by_tensor:
+        found = ((index, re.search(pattern, tensor)) for index, pattern in enumerate(constraints.uniform))
+        key = next(((index, match.groups()) for index, match in found if match), tensor)
+        units.setdefault(key, []).append(tensor)
+    return units
+
+
+def _options(table: ErrorTable, tensors: Sequence[str], constraints: Constraints) -> list[_Option]:
+    allowed = [{row.qtype: row for row in _allowed(table, tensor, constraints)} for tensor in tensors]
+    shared = set.intersection(*(set(rows) for rows in allowed))
+    if not shared:
+        raise InputError(f"tensors {', '.join(tensors)}: no type is allowed for all of them")
+    return [
+        _Option(qtype, sum(rows[qtype].n_bytes for rows in allowed), sum(rows[qtype].error for rows in allowed))
+        for qtype in sorted(shared)
+    ]
+
+
+def _allowed(table: ErrorTable, tensor: str, constraints: Constraints) -> list[ErrorRow]:
+    rows = table.by_tensor[tensor]
+    pinned = next((qtype for pattern, qtype in constraints.pins.items() if re.search(pattern, tensor)), None)
+    if pinned is not None:
+        rows = tuple(row for row in rows if row.qtype == pinned)
+        if not rows:
+            raise InputError(f"tensor {tensor}: pinned to {pinned.name}, which the error table does not have for it")
+        return list(rows)
+    floor = max((bits for pattern, bits in constraints.floors.items() if re.search(pattern, tensor)), default=0.0)
+    kept = [
+        row
+        for row in rows
+        if bits_per_weight(row.qtype) >= floor and (constraints.types is None or row.qtype in constraints.types)
+    ]
+    if not kept:
+        raise InputError(f"tensor {tensor}: no type is left of {', '.join(row.qtype.name for row in rows)}")
+    return kept
+
+
+def _undominated(options: list[_Option]) -> list[_Option]:
+    """Options by rising size and strictly falling error: a larger one that is no better is never chosen."""
+    kept: list[_Option] = []
+    for option in sorted(options, key=lambda option: (option.n_bytes, option.error)):
+        if not kept or option.error < kept[-1].error:
+            kept.append(option)
+    return kept
+
+
+def _choose(options: list[list[_Option]], budget: int) -> tuple[list[_Option], float]:
+    """One option of each list; the relative gap that HiGHS proves."""
+    flat = [option for choices in options for option in choices]
+    owner = np.repeat(np.arange(len(options)), [len(choices) for choices in options])
+    # Scaled to about 1: bytes of a 31B and errors in nats are ten orders of magnitude apart.
+    error_scale = max(max(option.error for option in flat), 1e-30)
+    errors = np.array([option.error for option in flat]) / error_scale
+    sizes = np.array([option.n_bytes for option in flat]) / budget if budget else np.zeros(len(flat))
+    one_each = csr_matrix((np.ones(len(flat)), (owner, np.arange(len(flat)))), shape=(len(options), len(flat)))
+    result = milp(
+        errors,
+        integrality=np.ones(len(flat)),
+        bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(sizes[None, :], -np.inf, 1 - 2 * _TOLERANCE)],
+        options={"mip_rel_gap": RELATIVE_GAP, "time_limit": TIME_LIMIT_SECONDS},
+    )
+    if result.x is None:
+        raise RuntimeError(f"HiGHS: {result.message}")
+    best = [int(np.flatnonzero(owner == unit)[np.argmax(result.x[owner == unit])]) for unit in range(len(options))]
+    chosen = _fill(options, [flat[index] for index in best], budget)
+    error = sum(option.error for option in chosen)
+    bound = float(result.mip_dual_bound) * error_scale
+    return chosen, max(0.0, 1 - bound / error) if error else 0.0
+
+
+def _fill(options: list[list[_Option]], chosen: list[_Option], budget: int) -> list[_Option]:
+    """Spend what the gap left unspent: the change that saves most error a byte, while one fits."""
+    chosen = list(chosen)
+    while True:
+        room = budget - sum(option.n_bytes for option in chosen)
+        rates = [
+            ((now.error - other.error) / (other.n_bytes - now.n_bytes), unit, other)
+            for unit, now in enumerate(chosen)
+            for other in options[unit]
+            if now.n_bytes < other.n_bytes <= now.n_bytes + room
+        ]
+        if not rates:
+            return chosen
+        _, unit, other = max(rates, key=lambda rate: rate[0])
+        chosen[unit] = other
