@@ -1,0 +1,305 @@
+"""Importance matrices: both file formats, slicing, and agreement with llama.cpp's own reading."""
+
+import struct
+
+import numpy as np
+import pytest
+from gguf import GGUFReader, GGUFWriter
+from gguf_files import BF16, F32, write_gguf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from llama_quantize import IMATRIX, OUTPUT, imatrix_of, run, small_model
+
+from gguf_mixed.errors import InputError
+from gguf_mixed.imatrix import Imatrix, ImatrixEntry
+from gguf_mixed.imatrix_gguf import UNKNOWN_DATASET, read_imatrix, write_imatrix
+from gguf_mixed.imatrix_legacy import write_legacy
+from gguf_mixed.tensors import read_inventory
+
+EXPERTS = "blk.0.ffn_down_exps.weight"
+NAMES = st.from_regex(r"blk\.[0-9]{1,2}\.[a-z_]{1,20}\.weight", fullmatch=True)
+
+
+@st.composite
+def entries(draw, most_matrices=5):
+    shape = draw(st.tuples(st.integers(1, most_matrices), st.integers(1, 8)))
+    sums = draw(hnp.arrays(np.float32, shape, elements=st.floats(0, 2.0**100, width=32)))
+    totals = draw(st.none() | hnp.arrays(np.float32, shape, elements=st.floats(-(2.0**50), 2.0**50, width=32)))
+    counts = draw(hnp.arrays(np.int64, shape[:1], elements=st.integers(0, 2**24)))
+    return ImatrixEntry(sums, counts, totals)
+
+
+IMATRICES = st.builds(
+    Imatrix,
+    st.dictionaries(NAMES, entries(), min_size=1, max_size=4),
+    st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0")), min_size=1, max_size=3).map(tuple),
+    st.integers(0, 2**31 - 1),
+    st.integers(1, 2**31 - 1),
+)
+
+
+def entry(*counts, row=4):
+    shape = (len(counts), row)
+    return ImatrixEntry(np.arange(len(counts) * row, dtype=np.float32).reshape(shape), np.array(counts))
+
+
+@settings(deadline=None, max_examples=60)
+@given(IMATRICES)
+def test_gguf_round_trip(tmp_path_factory, imatrix):
+    path = tmp_path_factory.mktemp("imatrix") / "i.gguf"
+    write_imatrix(imatrix, path)
+    assert read_imatrix(path) == imatrix
+    assert list(path.parent.iterdir()) == [path]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.dictionaries(NAMES, entries(), min_size=1, max_size=4), st.integers(1, 512), st.integers(0, 30))
+def test_legacy_files_keep_the_weights(tmp_path_factory, found, chunk_size, doublings):
+    """With a power of two of calls no rounding is involved, so the weights come back bit for bit."""
+    largest = chunk_size * 2**doublings
+    whole = {}
+    for name, item in found.items():
+        counts = np.minimum(item.counts, largest)
+        counts[0] = largest
+        whole[name] = ImatrixEntry(item.sums, counts, item.totals)
+    path = tmp_path_factory.mktemp("imatrix") / "i.dat"
+    assert write_legacy(Imatrix(whole, ("text",), 5, chunk_size), path) == ()
+    read = read_imatrix(path)
+    assert (read.datasets, read.chunk_count, read.chunk_size) == (("text",), 5, None)
+    for name, item in whole.items():
+        assert np.array_equal(read.entries[name].weights.ravel(), item.weights.ravel())
+        assert read.entries[name].counts.tolist() == [2**doublings]
+    again = path.with_name("again.dat")
+    write_legacy(read, again)
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_legacy_files_leave_out_what_saw_nothing(tmp_path):
+    imatrix = Imatrix({"a.weight": entry(0, 0), "b.weight": entry(512, 0)}, (), 1, 512)
+    assert write_legacy(imatrix, tmp_path / "i.dat") == ("a.weight",)
+    read = read_imatrix(tmp_path / "i.dat")
+    assert list(read.entries) == ["b.weight"]
+    assert read.entries["b.weight"].weights[0, 4:].tolist() == [1, 1, 1, 1]  # the expert without data
+
+
+def test_weights_are_those_of_llama_quantize():
+    item = entry(3, 0, 7)
+    expected = [[np.float32(value) / np.float32(3) for value in range(4)], [1] * 4]
+    expected.append([np.float32(value) / np.float32(7) for value in range(8, 12)])
+    assert np.array_equal(item.weights, np.array(expected, np.float32))
+    assert item.never_used == (1,)
+
+
+@given(entries(), st.data())
+def test_slicing_keeps_the_chosen_matrices(item, data):
+    keep = data.draw(st.permutations(range(len(item.counts))).map(lambda ids: ids[: max(1, len(ids) // 2)]))
+    sliced = item.slice(keep)
+    assert np.array_equal(sliced.sums, item.sums[keep])
+    assert sliced.counts.tolist() == [item.counts[index] for index in keep]
+    assert np.array_equal(sliced.weights, item.weights[keep])
+    assert item.slice(range(len(item.counts))) == item
+
+
+def test_slicing_an_entry_with_one_count_for_all(tmp_path):
+    """A legacy file, which lost the counts of single experts."""
+    write_legacy(Imatrix({EXPERTS: entry(512, 512, 512)}, (), 1, 512), tmp_path / "i.dat")
+    sliced = read_imatrix(tmp_path / "i.dat").slice_experts(lambda _: [0, 2], 3).entries[EXPERTS]
+    assert sliced.sums.tolist() == [[value / 512 for value in [*range(4), *range(8, 12)]]]
+    assert sliced.counts.tolist() == [1]
+
+
+def test_slicing_leaves_other_tensors_alone():
+    imatrix = Imatrix({EXPERTS: entry(1, 2, 3), "blk.0.attn_q.weight": entry(9)}, ("x",), 4, 5)
+    sliced = imatrix.slice_experts(lambda name: [2] if "exps" in name else None, 3)
+    assert sliced.entries["blk.0.attn_q.weight"] is imatrix.entries["blk.0.attn_q.weight"]
+    assert sliced.entries[EXPERTS].counts.tolist() == [3]
+    assert (sliced.datasets, sliced.chunk_count, sliced.chunk_size) == (("x",), 4, 5)
+
+
+@pytest.mark.parametrize("keep", [[3], [-1], [0, 0], []])
+def test_experts_that_cannot_be_kept(keep):
+    imatrix = Imatrix({EXPERTS: entry(1, 2, 3)})
+    with pytest.raises(InputError, match=f"tensor {EXPERTS}: cannot keep .* of 3 matrices"):
+        imatrix.slice_experts(lambda _: keep, 3)
+
+
+def test_an_entry_that_does_not_divide():
+    with pytest.raises(InputError, match="sums .* do not divide into 3 matrices"):
+        Imatrix({EXPERTS: entry(1, row=4)}).slice_experts(lambda _: [0], 3)
+
+
+@pytest.mark.parametrize(
+    ("sums", "counts", "message"),
+    [
+        ([[1, np.nan]], [1], "negative or not finite"),
+        ([[1, np.inf]], [1], "negative or not finite"),
+        ([[1, -1]], [1], "negative or not finite"),
+        ([[1, 1]], [-1], "a count is negative"),
+        ([[1, 1]], [1, 1], "do not fit together"),
+        ([[]], [1], "do not fit together"),
+    ],
+)
+def test_impossible_entries(sums, counts, message):
+    with pytest.raises(InputError, match=message):
+        ImatrixEntry(np.array(sums, np.float32), np.array(counts))
+
+
+@pytest.fixture
+def inventory(tmp_path):
+    listed = [(EXPERTS, (4, 2, 3), F32), ("blk.0.attn_q.weight", (4, 2), BF16), ("token_embd.weight", (4, 9), BF16)]
+    return read_inventory(write_gguf(tmp_path / "model.gguf", [*listed, ("output_norm.weight", (4,), F32)]))
+
+
+def test_matching_a_model(inventory):
+    assert Imatrix({EXPERTS: entry(1, 0, 2)}).matches(inventory) == ("blk.0.attn_q.weight", "token_embd.weight")
+    whole = Imatrix({EXPERTS: entry(1, row=12), "blk.0.attn_q.weight": entry(1), "token_embd.weight": entry(1, row=7)})
+    assert whole.matches(inventory) == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "item", "message"),
+    [
+        ("blk.9.attn_q.weight", entry(1), "model.gguf has no tensor blk.9.attn_q.weight"),
+        ("blk.0.attn_q.weight", entry(1, row=5), r"tensor blk.0.attn_q.weight: got 5 values, expected 4 \(4 x 1\)"),
+        (EXPERTS, entry(1, 1), rf"tensor {EXPERTS}: got 8 values, expected 12 \(4 x 3\)"),
+    ],
+)
+def test_of_another_model(inventory, name, item, message):
+    with pytest.raises(InputError, match="imatrix is of another model: " + message):
+        Imatrix({name: item}).matches(inventory)
+
+
+def test_data_sets_are_never_empty_in_the_file(tmp_path):
+    write_imatrix(Imatrix({EXPERTS: entry(1)}), tmp_path / "i.gguf")
+    assert read_imatrix(tmp_path / "i.gguf") == Imatrix({EXPERTS: entry(1)}, (UNKNOWN_DATASET,), 0, 1)
+    assert "general.architecture" not in GGUFReader(tmp_path / "i.gguf").fields
+
+
+@pytest.mark.parametrize(
+    ("imatrix", "message"),
+    [(Imatrix({}), "an imatrix without entries"), (Imatrix({"a" * 56: entry(1)}), "too long a name")],
+)
+def test_what_cannot_be_written(tmp_path, imatrix, message):
+    with pytest.raises(InputError, match=message):
+        write_imatrix(imatrix, tmp_path / "i.gguf")
+    assert not (tmp_path / "i.gguf").exists()
+
+
+def write_raw(path, tensors, kind="imatrix"):
+    writer = GGUFWriter(path, arch="x")
+    writer.add_type(kind)
+    for name, values in tensors.items():
+        writer.add_tensor(name, np.asarray(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+ONE, TWO = np.ones((1, 1), np.float32), np.ones((2, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "kind", "message"),
+    [
+        ({"a.in_sum2": TWO}, "model", "not an imatrix: general.type is 'model'"),
+        ({"a.in_sum2": TWO}, "imatrix", "tensor a has .in_sum2 but no .counts"),
+        ({"a.counts": ONE}, "imatrix", "tensor a.counts has no .in_sum2 beside it"),
+        ({"a.in_sum2": TWO, "a.counts": ONE, "b.in_sum": ONE}, "imatrix", "tensor b.in_sum has no .in_sum2 beside it"),
+        ({"x": ONE}, "imatrix", "an imatrix without entries"),
+        ({"a.in_sum2": TWO, "a.counts": np.ones((4, 1), np.float32)}, "imatrix", "6 sums and 4 counts do not fit"),
+        ({"a.in_sum2": TWO, "a.counts": ONE, "a.in_sum": ONE}, "imatrix", "tensor a: 6 sums and 1 counts do not fit"),
+        ({"a.in_sum2": TWO.astype(np.float16), "a.counts": ONE}, "imatrix", "a.in_sum2 is F16, expected F32"),
+        ({"a.in_sum2": TWO * np.nan, "a.counts": ONE}, "imatrix", "a.in_sum2 holds values that are not finite"),
+        ({"a.in_sum2": -TWO, "a.counts": ONE}, "imatrix", "tensor a: a sum of squares is negative"),
+        ({"a.in_sum2": TWO, "a.counts": -ONE}, "imatrix", "tensor a: a count is negative"),
+    ],
+)
+def test_broken_gguf_files(tmp_path, tensors, kind, message):
+    with pytest.raises(InputError, match=f"i.gguf: .*{message}"):
+        read_imatrix(write_raw(tmp_path / "i.gguf", tensors, kind))
+
+
+def legacy(name=b"a", calls=1, values=(1.0, 2.0), n_entries=1, tail=b"", n_values=None):
+    count = len(values) if n_values is None else n_values
+    body = struct.pack("<i", len(name)) + name + struct.pack(f"<ii{len(values)}f", calls, count, *values)
+    return struct.pack("<i", n_entries) + body + tail
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "truncated or not an imatrix: the number of entries"),
+        (b"hello, this is no imatrix at all", "not an imatrix: it starts with 1819043176 entries"),
+        (legacy(n_entries=0), "it starts with 0 entries"),
+        (legacy(n_entries=-1), "it starts with -1 entries"),
+        (legacy(n_entries=2), "not an imatrix: it starts with 2 entries"),
+        (legacy(n_entries=2, tail=bytes(20)), "a tensor name is empty"),
+        (legacy(n_entries=2, tail=legacy()[4:]), "tensor a appears twice"),
+        (legacy(name=b"\xff"), "a tensor name is not UTF-8"),
+        (legacy(n_values=0), "tensor a: 0 values, expected at least 1"),
+        (legacy(n_values=-5), "tensor a: -5 values, expected at least 1"),
+        (legacy(n_values=2**31 - 1), "truncated or not an imatrix: tensor a: 8589934588 bytes of 8 left"),
+        (legacy(calls=-1), "tensor a: a count is negative"),
+        (legacy(values=(1.0, float("nan"))), "tensor a: a sum of squares is negative or not finite"),
+        (legacy(tail=struct.pack("<ii", 1, 99)), "the data set: 99 bytes of 0 left"),
+    ],
+)
+def test_broken_legacy_files(tmp_path, content, message):
+    path = tmp_path / "i.dat"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"i.dat: .*{message}"):
+        read_imatrix(path)
+
+
+def test_legacy_files_may_end_after_their_entries(tmp_path):
+    path = tmp_path / "i.dat"
+    path.write_bytes(legacy())
+    assert read_imatrix(path) == Imatrix({"a": ImatrixEntry(np.array([[1, 2]], np.float32), np.array([1]))})
+
+
+@pytest.mark.parametrize("write", [write_imatrix, write_legacy], ids=["gguf", "legacy"])
+def test_cut_files_are_refused(tmp_path, write):
+    path = tmp_path / "i.gguf"
+    write(Imatrix({"a.weight": entry(1, 2), "b.weight": entry(3)}, ("text",), 1, 1), path)
+    content = path.read_bytes()
+    optional = 8 + len("text") if write is write_legacy else 32  # data set and chunks; padding after the last tensor
+    for length in range(len(content) - optional):
+        path.write_bytes(content[:length])
+        with pytest.raises(InputError):
+            read_imatrix(path)
+
+
+def test_llama_quantize_uses_what_we_write(llama_quantize, tmp_path):
+    """The same weights in either format give the same file; other weights give another one."""
+    inventory = read_inventory(small_model(tmp_path))
+    random = np.random.default_rng(0)
+    found = {
+        name: ImatrixEntry(random.random(item.sums.shape, np.float32) + 0.01, np.full(item.counts.shape, 512))
+        for name, item in imatrix_of(inventory).entries.items()
+    }
+    imatrix = Imatrix(found, ("text",), 1, 512)
+    flipped = {name: ImatrixEntry(item.sums[:, ::-1].copy(), item.counts) for name, item in found.items()}
+    outputs = []
+    for write, content in [
+        (write_imatrix, imatrix),
+        (write_legacy, imatrix),
+        (write_imatrix, Imatrix(flipped, ("text",), 1, 512)),
+    ]:
+        write(content, tmp_path / IMATRIX)
+        assert run(tmp_path, {}, "--imatrix", IMATRIX, base="Q4_0").returncode == 0
+        outputs.append((tmp_path / OUTPUT).read_bytes())
+    assert outputs[0] == outputs[1]
+    assert outputs[0] != outputs[2]
+
+
+def test_llama_quantize_stops_at_another_models_imatrix(llama_quantize, tmp_path):
+    inventory = read_inventory(small_model(tmp_path))
+    whole = imatrix_of(inventory)
+    sliced = whole.slice_experts(lambda name: [0, 2] if "exps" in name else None, 3)
+    write_imatrix(sliced, tmp_path / IMATRIX)
+    with pytest.raises(InputError, match="ffn_down_exps.weight: got 1408 values, expected 2112"):
+        sliced.matches(inventory)
+    assert run(tmp_path, {}, "--imatrix", IMATRIX).returncode == 1
