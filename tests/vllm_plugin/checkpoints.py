@@ -94,5 +94,20 @@ def round_norms(tensors: Tensors) -> Tensors:
     return rounded
 
 
+def text_only(source: Path, target: Path) -> Path:
+    """The language model alone, as `Gemma4ForCausalLM` saves it: no towers, names under `model.`."""
+
+    def keep(tensors: Tensors) -> Tensors:
+        prefix = "model.language_model."
+        return {name.replace(prefix, "model."): t for name, t in tensors.items() if name.startswith(prefix)}
+
+    edit(source, target, keep)
+    config: dict[str, Any] = json.loads((target / "config.json").read_text())
+    shared = {key: config[key] for key in ("quantization_config", "tie_word_embeddings")}
+    text = {**config["text_config"], **shared, "architectures": ["Gemma4ForCausalLM"]}
+    (target / "config.json").write_text(json.dumps(text))
+    return target
+
+
 def _layers_with_experts(tensors: Tensors) -> list[str]:
     return sorted({name.split("experts.")[0] + "experts." for name in tensors if ".experts." in name})

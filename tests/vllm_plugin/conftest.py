@@ -24,7 +24,7 @@ ODD_EXCLUDES = ["*vision_tower*", "re:.*router.*", "language_model.model.layers.
 
 @dataclass(frozen=True)
 class Family:
-    """One small model and its variants by name."""
+    """One small model and its variants by name; `text_only` has no vision tower."""
 
     bf16: Path
     variants: dict[str, Path]
@@ -62,6 +62,7 @@ def dense(small_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Famil
         ),
         "odd_excludes": checkpoints.edit(int8, folder / "odd_excludes", exclude=ODD_EXCLUDES),
         "no_excludes": checkpoints.edit(int8, folder / "no_excludes", exclude=[]),
+        "text_only": checkpoints.text_only(int8, folder / "text_only"),
     }
     return Family(bf16, variants)
 
@@ -133,11 +134,16 @@ def moe_answers(moe: Family, questions: Questions) -> dict[str, Answers]:
 
 def _ask_family(family: Family, questions: Questions) -> dict[str, Answers]:
     folders = {"bf16": family.bf16, **family.variants}
-    requests = [Request(folder, questions.prompts, questions.pictures) for folder in folders.values()]
+    requests = [
+        Request(folder, questions.prompts, engine={"limit_mm_per_prompt": None})
+        if variant == "text_only"
+        else Request(folder, questions.prompts, questions.pictures)
+        for variant, folder in folders.items()
+    ]
     return dict(zip(folders, ask_all(requests), strict=True))
 
 
 @pytest.fixture(scope="session")
-def ask_two_ranks(questions: Questions) -> Callable[[Path], Answers]:
-    """Ask a checkpoint under tensor parallelism of two."""
-    return lambda folder: ask(Request(folder, questions.prompts, engine={"tensor_parallel_size": 2}))
+def ask_with(questions: Questions) -> Callable[..., Answers]:
+    """Ask a checkpoint in vLLM's usual processes, with engine arguments."""
+    return lambda folder, **engine: ask(Request(folder, questions.prompts, engine=engine))

@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from vllm_plugin import checkpoints
@@ -72,10 +73,10 @@ def test_override_answers_for_its_own_only() -> None:
     assert answer({"quant_method": "fp8"}, None, hf_config=GEMMA4) is None
 
 
-def _engine_config(folder: Path):
+def _engine_config(folder: Path, **engine: Any) -> Any:
     from vllm.engine.arg_utils import EngineArgs
 
-    return EngineArgs(model=str(folder), enforce_eager=True, max_model_len=256).create_engine_config()
+    return EngineArgs(model=str(folder), enforce_eager=True, max_model_len=256, **engine).create_engine_config()
 
 
 @pytest.fixture
@@ -103,6 +104,14 @@ def test_claimed_without_flags_and_picklable(moe: Family) -> None:
 @pytest.mark.usefixtures("small_engine")
 def test_bf16_is_not_claimed(moe: Family) -> None:
     assert _engine_config(moe.bf16).quant_config is None
+
+
+@pytest.mark.engine
+@pytest.mark.usefixtures("small_engine")
+def test_float16_is_refused_on_a_cpu(moe: Family) -> None:
+    """It would abort the process in vLLM's linear."""
+    with pytest.raises(ValueError, match=r"torch.float16 is not supported for quantization method gemma4q_quark_int8"):
+        _engine_config(moe.variants["int8"], dtype="float16")
 
 
 @pytest.mark.engine

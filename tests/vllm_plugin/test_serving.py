@@ -1,14 +1,13 @@
 """Quark INT8 checkpoints in a real vLLM on a CPU: close to BF16, equal over ranks, in every layout of experts."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from tolerances import QUARK_INT8_DIVERGENCE
 from vllm_plugin.conftest import Family, Questions
 from vllm_plugin.engine import Answers, divergence
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 DISAGREES = "config.json's exclude list disagrees with the weights"
 
@@ -26,7 +25,7 @@ def test_bf16_is_sure_of_its_text(dense_answers: dict[str, Answers], moe_answers
         assert max(scores.max() for scores in answers["bf16"].logprobs) > -0.1
 
 
-@pytest.mark.parametrize("variant", ["int8", "bf16_attention", "odd_excludes", "no_excludes"])
+@pytest.mark.parametrize("variant", ["int8", "bf16_attention", "odd_excludes", "no_excludes", "text_only"])
 def test_dense_diverges_little(dense_answers: dict[str, Answers], variant: str) -> None:
     assert _within(dense_answers, variant, QUARK_INT8_DIVERGENCE["dense"])
 
@@ -41,8 +40,8 @@ def test_corrupted_scales_break_the_bound(kind: str, variant: str, request: pyte
     assert not _within(request.getfixturevalue(f"{kind}_answers"), variant, QUARK_INT8_DIVERGENCE[kind])
 
 
-@pytest.mark.parametrize("variant", ["odd_excludes", "no_excludes"])
-def test_exclude_lists_change_nothing(dense_answers: dict[str, Answers], variant: str) -> None:
+@pytest.mark.parametrize("variant", ["odd_excludes", "no_excludes", "text_only"])
+def test_what_must_change_nothing(dense_answers: dict[str, Answers], variant: str) -> None:
     _assert_same(dense_answers["int8"], dense_answers[variant])
 
 
@@ -70,10 +69,25 @@ def test_a_wrong_exclude_list_is_reported(dense_answers: dict[str, Answers]) -> 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_two_ranks_answer_alike(
-    kind: str, request: pytest.FixtureRequest, questions: Questions, ask_two_ranks: Callable[[Path], Answers]
+    kind: str, request: pytest.FixtureRequest, questions: Questions, ask_with: Callable[..., Answers]
 ) -> None:
     family: Family = request.getfixturevalue(kind)
     answers: dict[str, Answers] = request.getfixturevalue(f"{kind}_answers")
-    together = ask_two_ranks(family.variants["int8"])
+    together = ask_with(family.variants["int8"], tensor_parallel_size=2)
     assert together.tokens[len(questions.text) :] == answers["int8"].tokens[len(questions.text) :]
     assert _within(answers | {"two ranks": together}, "two ranks", QUARK_INT8_DIVERGENCE[kind])
+
+
+def test_expert_parallel_ranks_diverge_little(
+    moe: Family, moe_answers: dict[str, Answers], ask_with: Callable[..., Answers]
+) -> None:
+    together = ask_with(moe.variants["int8"], tensor_parallel_size=2, enable_expert_parallel=True)
+    assert _within(moe_answers | {"expert parallel": together}, "expert parallel", QUARK_INT8_DIVERGENCE["moe"])
+
+
+def test_compiled_graphs_diverge_little(
+    moe: Family, moe_answers: dict[str, Answers], ask_with: Callable[..., Answers]
+) -> None:
+    """As `vllm serve` runs without flags."""
+    compiled = ask_with(moe.variants["int8"], enforce_eager=False)
+    assert _within(moe_answers | {"compiled": compiled}, "compiled", QUARK_INT8_DIVERGENCE["moe"])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+from vllm.platforms import current_platform
 
 from vllm_gemma4q.architecture import FUSED_SHARDS, parse_text_architecture
 from vllm_gemma4q.quark_int8.facts import Facts, disagreements, read_facts, relative_name
@@ -87,7 +88,8 @@ class QuarkInt8Config(QuantizationConfig):
         return METHOD_NAME
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16]
+        # vLLM's int8 linears for CPUs abort the process on float16 ("scale_C: scalar path not implemented").
+        return [torch.bfloat16] if current_platform.is_cpu() else [torch.bfloat16, torch.float16]
 
     @classmethod
     def get_min_capability(cls) -> int:

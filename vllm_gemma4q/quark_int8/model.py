@@ -22,4 +22,5 @@ class Gemma4ForCausalLM(gemma4.Gemma4ForCausalLM):
     def load_weights(self, weights: Weights) -> set[str]:
         if isinstance(self.quant_config, QuarkInt8Config) and self.quant_config.facts is not None:
             weights = mend(weights, self.quant_config.facts.int8_norms, self._half_norms)
-        return super().load_weights(weights)
+        loaded: set[str] = super().load_weights(weights)
+        return loaded

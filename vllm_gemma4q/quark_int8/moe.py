@@ -9,6 +9,9 @@ Parameters of ours, loaded and sharded by vLLM's `RoutedExperts` (E local expert
 Expert parallelism is honoured through `expert_map`. Not done: LoRA on experts, EPLB.
 """
 
+from typing import Any
+from weakref import WeakValueDictionary
+
 import torch
 from gemma4q_kernels.grouped_mm import ACTIVATIONS, Experts
 from vllm.model_executor.layers.fused_moe import FusedMoeWeightScaleSupported, RoutedExperts
@@ -51,6 +54,7 @@ class CpuInt8MoEMethod(FusedMoEMethodBase):
         if reason := _refusal(moe):
             raise NotImplementedError(f"int8 experts on a CPU: {reason}")
         self.experts: Experts | None = None
+        self.expert_map: torch.Tensor | None = None
 
     def create_weights(
         self,
@@ -59,7 +63,7 @@ class CpuInt8MoEMethod(FusedMoEMethodBase):
         hidden_size: int,
         intermediate_size_per_partition: int,
         params_dtype: torch.dtype,
-        **extra_weight_attrs,
+        **extra_weight_attrs: Any,
     ) -> None:
         rows = {"w13": 2 * intermediate_size_per_partition, "w2": hidden_size}
         columns = {"w13": hidden_size, "w2": intermediate_size_per_partition}
@@ -77,6 +81,8 @@ class CpuInt8MoEMethod(FusedMoEMethodBase):
         # `Experts` holds its own copy, reordered for the processor.
         for name in ("w13_weight", "w2_weight"):
             replace_parameter(layer, name, torch.empty(0, dtype=torch.int8))
+        self.expert_map = layer.expert_map
+        _LOADED[layer.layer_name] = self
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig | None:
         return None
@@ -91,12 +97,41 @@ class CpuInt8MoEMethod(FusedMoEMethodBase):
         shared_experts_input: torch.Tensor | None,
     ) -> torch.Tensor:
         """This rank's share of the experts' output, [T, H]; vLLM sums over ranks."""
-        if self.experts is None:
-            raise RuntimeError("weights are not loaded: process_weights_after_loading did not run")
-        return self.experts(x, topk_weights, topk_ids, layer.activation.value, layer.expert_map)
+        output: torch.Tensor = int8_experts(x, topk_weights, topk_ids, layer.activation.value, layer.layer_name)
+        return output
 
 
-def _register(layer: torch.nn.Module, name: str, data: torch.Tensor, attributes: dict) -> None:
+# Layer names are unique among the models that run in one process (vLLM's forward context relies on it too).
+_LOADED: WeakValueDictionary[str, CpuInt8MoEMethod] = WeakValueDictionary()
+
+
+@torch.library.custom_op("gemma4q::int8_experts", mutates_args=())
+def int8_experts(
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, activation: str, layer_name: str
+) -> torch.Tensor:
+    """A layer's loaded experts as one opaque operation: torch.compile cannot trace which experts are active.
+
+    Args:
+        x: [T, H].
+        topk_weights: float [T, k].
+        topk_ids: int [T, k], global expert ids.
+        activation: one of `gemma4q_kernels.grouped_mm.ACTIVATIONS`.
+        layer_name: the engine's name of the layer.
+    """
+    method = _LOADED[layer_name]
+    if method.experts is None:
+        raise RuntimeError(f"{layer_name}: weights are not loaded")
+    return method.experts(x, topk_weights, topk_ids, activation, method.expert_map)
+
+
+@int8_experts.register_fake
+def _int8_experts_shape(
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, activation: str, layer_name: str
+) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def _register(layer: torch.nn.Module, name: str, data: torch.Tensor, attributes: dict[str, Any]) -> None:
     parameter = torch.nn.Parameter(data, requires_grad=False)
     layer.register_parameter(name, parameter)
     set_weight_attrs(parameter, attributes)
