@@ -1,6 +1,8 @@
 """Importance matrices: both file formats, slicing, and agreement with llama.cpp's own reading."""
 
+import hashlib
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +19,10 @@ from gguf_mixed.imatrix_gguf import UNKNOWN_DATASET, read_imatrix, write_imatrix
 from gguf_mixed.imatrix_legacy import write_legacy
 from gguf_mixed.tensors import read_inventory
 
+# Made by llama-imatrix (b11434) with -c 128 --chunks 4 --process-output on the small Gemma 4 MoE of examples/, and the
+# hash of what the same run writes with --output-format dat.
+REAL = Path(__file__).with_name("llama_imatrix_b11434.gguf")
+REAL_LEGACY_SHA256 = "30b94cfa95304e9c7f7ba1bee86371c5b7638befd8a802149265663eda507091"
 EXPERTS = "blk.0.ffn_down_exps.weight"
 NAMES = st.from_regex(r"blk\.[0-9]{1,2}\.[a-z_]{1,20}\.weight", fullmatch=True)
 
@@ -270,6 +276,22 @@ def test_cut_files_are_refused(tmp_path, write):
         path.write_bytes(content[:length])
         with pytest.raises(InputError):
             read_imatrix(path)
+
+
+def test_a_real_imatrix(tmp_path):
+    imatrix = read_imatrix(REAL)
+    assert (len(imatrix.entries), imatrix.datasets, imatrix.chunk_count, imatrix.chunk_size) == (30, ("t.txt",), 4, 128)
+    experts = [item for name, item in imatrix.entries.items() if "_exps" in name]
+    assert {item.sums.shape for item in experts} == {(16, 64), (16, 256)}
+    assert all(int(item.counts.sum()) == 4 * 128 * 4 for item in experts)  # chunks, tokens in each, experts of each
+    write_imatrix(imatrix, tmp_path / "again.gguf")
+    assert read_imatrix(tmp_path / "again.gguf") == imatrix
+
+
+def test_our_legacy_files_are_those_of_llama_imatrix(tmp_path):
+    """Byte for byte, which also pins the order, the number of calls and the rounding."""
+    write_legacy(read_imatrix(REAL), tmp_path / "i.dat")
+    assert hashlib.sha256((tmp_path / "i.dat").read_bytes()).hexdigest() == REAL_LEGACY_SHA256
 
 
 def test_llama_quantize_uses_what_we_write(llama_quantize, tmp_path):
