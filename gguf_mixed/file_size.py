@@ -14,7 +14,7 @@ from gguf.constants import GGUF_DEFAULT_ALIGNMENT
 from gguf_mixed.errors import InputError
 from gguf_mixed.header import FIXED_BYTES, Scalar, pad
 from gguf_mixed.imatrix import Imatrix
-from gguf_mixed.tensors import Assignment, Inventory, Tensor, written_types
+from gguf_mixed.tensors import RequestedTypes, Inventory, Tensor, written_types
 
 # None removes the key. Integers become u32, whatever they were. Only the size of a value matters here.
 MetadataChanges = Mapping[str, Scalar | None]
@@ -72,13 +72,13 @@ def header_bytes(inventory: Inventory, changes: MetadataChanges = ALWAYS_CHANGED
     return pad(FIXED_BYTES + kept + changed + entries, GGUF_DEFAULT_ALIGNMENT)
 
 
-def predict_size(inventory: Inventory, assignment: Assignment, changes: MetadataChanges = ALWAYS_CHANGED) -> int:
-    """Bytes of the output when `assignment` is asked for, every substitution that llama-quantize makes included.
+def predict_size(inventory: Inventory, requested: RequestedTypes, changes: MetadataChanges = ALWAYS_CHANGED) -> int:
+    """Bytes of the output when `requested` is asked for, every substitution that llama-quantize makes included.
 
     Raises:
         InputError: see `written_types` and `header_bytes`.
     """
-    types = written_types(inventory, assignment)
+    types = written_types(inventory, requested)
     data = sum(
         pad(tensor_bytes(types[name], tensor.shape), GGUF_DEFAULT_ALIGNMENT)
         for name, tensor in inventory.tensors.items()

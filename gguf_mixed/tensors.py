@@ -2,7 +2,7 @@
 
 Rules are those of llama.cpp's src/llama-quant.cpp (b11434): `tensor_allows_quantization`, `tensor_type_fallback`,
 `tensor_requires_imatrix`. Not modelled: the extra exclusions of the glm5-next architecture, `--leave-output-tensor`,
-`--prune-layers`, `--keep-split`, and the types that a stock mix chooses (an assignment names every tensor instead).
+`--prune-layers`, `--keep-split`, and the types that a stock mix chooses (a plan names every tensor instead).
 """
 
 import math
@@ -25,7 +25,7 @@ from gemma4q_kernels.ggml import (
 from gguf_mixed.errors import InputError
 from gguf_mixed.header import Header, KeyValue, read_header
 
-Assignment = Mapping[str, GGMLQuantizationType]
+RequestedTypes = Mapping[str, GGMLQuantizationType]
 
 EMBEDDINGS = frozenset({"token_embd.weight", "per_layer_token_embd.weight"})
 OUTPUT = "output.weight"
@@ -199,17 +199,17 @@ def read_inventory(path: Path) -> Inventory:
     return Inventory(path, tuple(headers))
 
 
-def written_types(inventory: Inventory, assignment: Assignment) -> dict[str, GGMLQuantizationType]:
-    """Type of every tensor in the output. Tensors that the assignment leaves out keep theirs.
+def written_types(inventory: Inventory, requested: RequestedTypes) -> dict[str, GGMLQuantizationType]:
+    """Type of every tensor in the output. Tensors that are not asked for keep theirs.
 
     Raises:
-        InputError: the assignment names a tensor that the model lacks, or see `Tensor.written_type`.
+        InputError: a type for a tensor that the model lacks, or see `Tensor.written_type`.
     """
-    for name in assignment:
+    for name in requested:
         if name not in inventory.tensors:
             raise InputError(f"tensor {name}: assigned a type, but {inventory.path.name} has no such tensor")
     return {
-        name: tensor.written_type(assignment[name]) if name in assignment else tensor.qtype
+        name: tensor.written_type(requested[name]) if name in requested else tensor.qtype
         for name, tensor in inventory.tensors.items()
     }
 

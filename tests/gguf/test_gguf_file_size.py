@@ -1,5 +1,6 @@
 """Predicted sizes and types against what a real llama-quantize wrote, recorded and live."""
 
+import numpy as np
 import pytest
 from gemma4q_kernels.ggml import QUANTIZABLE_TYPES, GGMLQuantizationType, tensor_bytes
 from gguf_files import REAL_31B, gemma4_metadata, moe_26b_a4b, real_31b, write_gguf, write_split
@@ -19,10 +20,12 @@ from llama_quantize import (
 
 from gguf_mixed.errors import InputError
 from gguf_mixed.file_size import header_bytes, metadata_changes, predict_size
+from gguf_mixed.imatrix import Imatrix, ImatrixEntry
 from gguf_mixed.imatrix_gguf import write_imatrix
 from gguf_mixed.tensors import read_inventory, written_types
 
 T = GGMLQuantizationType
+ENTRY = ImatrixEntry(np.ones((1, 1), np.float32), np.array([1]))
 # One of each kind: legal, each fallback, to F16, a float, one that stops. The rest is in the record.
 LIVE_TYPES = (T.Q4_K, T.Q5_K, T.Q6_K, T.Q3_K, T.IQ4_XS, T.IQ4_NL, T.MXFP4, T.Q8_0, T.BF16, T.NVFP4)
 
@@ -58,6 +61,20 @@ def test_overridden_keys(llama_quantize, tmp_path):
     asked = dict.fromkeys(inventory.tensors, T.Q4_1)
     assert run(tmp_path, asked, *arguments).returncode == 0
     assert (tmp_path / OUTPUT).stat().st_size == predict_size(inventory, asked, metadata_changes(overrides=overrides))
+
+
+def test_changed_keys_take_the_room_that_the_package_gives_them(tmp_path):
+    before = {"split.no": 0, "split.count": 1, "split.tensors.count": 1, "kept": "text", "replaced": "long text"}
+    changes = metadata_changes(Imatrix({"a": ENTRY}, ("first", "second"), 0), "é" * 90, {"replaced": True, "new": 1.5})
+    after = {
+        "kept": "text", "replaced": True, "new": 1.5, "general.quantization_version": 2, "general.file_type": 7,
+        "quantize.imatrix.file": "x" * 127, "quantize.imatrix.dataset": "first", "quantize.imatrix.entries_count": 1,
+    }  # fmt: skip
+    listed = [("a.weight", (256, 3), T.BF16), ("b.weight", (33,), T.F32)]
+    inventory = read_inventory(write_gguf(tmp_path / "before.gguf", listed, before))
+    expected = write_gguf(tmp_path / "after.gguf", listed, after)
+    assert predict_size(inventory, {}, changes) == expected.stat().st_size
+    assert read_inventory(expected).headers[0].data_start == header_bytes(inventory, changes)
 
 
 def test_a_long_imatrix_path_is_cut(llama_quantize, tmp_path):
