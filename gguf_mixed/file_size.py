@@ -14,7 +14,7 @@ from gguf.constants import GGUF_DEFAULT_ALIGNMENT
 from gguf_mixed.errors import InputError
 from gguf_mixed.header import FIXED_BYTES, Scalar, pad
 from gguf_mixed.imatrix import Imatrix
-from gguf_mixed.tensors import RequestedTypes, Inventory, Tensor, written_types
+from gguf_mixed.tensors import Inventory, RequestedTypes, Tensor, written_types
 
 # None removes the key. Integers become u32, whatever they were. Only the size of a value matters here.
 MetadataChanges = Mapping[str, Scalar | None]

@@ -63,11 +63,14 @@ def test_overridden_keys(llama_quantize, tmp_path):
     assert (tmp_path / OUTPUT).stat().st_size == predict_size(inventory, asked, metadata_changes(overrides=overrides))
 
 
-def test_changed_keys_take_the_room_that_the_package_gives_them(tmp_path):
-    before = {"split.no": 0, "split.count": 1, "split.tensors.count": 1, "kept": "text", "replaced": "long text"}
+@pytest.mark.parametrize("offset", range(32))
+def test_changed_keys_take_the_room_that_the_package_gives_them(tmp_path, offset):
+    """At every position within the padding, so that it cannot hide a byte."""
+    kept = "k" * offset
+    before = {"split.no": 0, "split.count": 1, "split.tensors.count": 1, "kept": kept, "replaced": "long text"}
     changes = metadata_changes(Imatrix({"a": ENTRY}, ("first", "second"), 0), "é" * 90, {"replaced": True, "new": 1.5})
     after = {
-        "kept": "text", "replaced": True, "new": 1.5, "general.quantization_version": 2, "general.file_type": 7,
+        "kept": kept, "replaced": True, "new": 1.5, "general.quantization_version": 2, "general.file_type": 7,
         "quantize.imatrix.file": "x" * 127, "quantize.imatrix.dataset": "first", "quantize.imatrix.entries_count": 1,
     }  # fmt: skip
     listed = [("a.weight", (256, 3), T.BF16), ("b.weight", (33,), T.F32)]
