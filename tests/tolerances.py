@@ -26,9 +26,9 @@ INT8_MOE = {torch.float32: 1e-3, torch.bfloat16: 4e-3}
 SMALL_MODEL_LOSS = 2e-4
 
 # Quark W8A8 INT8 in vLLM on a CPU against BF16 there, small checkpoints: (greatest mean KLD in nats, least share of
-# positions with the same most likely token). Measured: dense 0.0003 and 0.989, MoE 0.0008 and 0.982; half the rows of
-# one attention output scaled by 1.5: 0.0035 and 0.0068.
-QUARK_INT8_DIVERGENCE = {"dense": (0.001, 0.97), "moe": (0.002, 0.96)}
+# positions with the same most likely token). Measured: dense 0.0008 and 0.979, MoE 0.0011 and 0.994; half the rows of
+# one attention output scaled by 1.5: 0.0061 and 0.0122.
+QUARK_INT8_DIVERGENCE = {"dense": (0.002, 0.96), "moe": (0.003, 0.97)}
 
 # gemma4q quantize against AMD Quark on the same checkpoint: greatest relative difference of a scale, and share of
 # codes that may be one apart (more is never allowed). Measured on x86-64: 0 and 0.

@@ -1,6 +1,7 @@
 """Checkpoints and engines that the tests of this folder share; engines run once a session."""
 
 import importlib.util
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,11 +103,13 @@ def questions(small_models: Path) -> Questions:
 
     held_out = _held_out()
     tokenizer = AutoTokenizer.from_pretrained(small_models / "dense")
+    conversations = held_out.conversations(64)
     text = [tokenizer(text).input_ids[:PROMPT_TOKENS] for text in held_out.natural_text()[:4]]
-    # One right word each: where an answer may go on, its end is a near-tie that any other rounding flips.
-    one_word = [chat for chat in held_out.conversations(64) if " " not in chat[-1]["content"]]
+    # One learned word each: a longer answer, or arithmetic, ends in near-ties that any other rounding flips.
+    is_fact = [not re.search(r"\d", chat[-2]["content"]) and " " not in chat[-1]["content"] for chat in conversations]
+    facts = [chat for chat, fact in zip(conversations, is_fact, strict=True) if fact]
     chats = [
-        tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True, return_dict=False) for chat in one_word[:8]
+        tokenizer.apply_chat_template(chat[:-1], add_generation_prompt=True, return_dict=False) for chat in facts[:8]
     ]
     pictures = [(picture.image, picture.question) for picture in held_out.questions_about_pictures(4)]
     return Questions(text, chats, pictures)
