@@ -7,7 +7,7 @@ Source: docs/gguf.md of ggml, and `gguf_init_from_reader` in llama.cpp's ggml/sr
 
 Why not the `gguf` package's GGUFReader: a slice past the end of its memory map is silently short, so a key that claims
 2^60 integers loops until memory runs out; sizes wrap in 64 bits; offsets are not checked; and it keeps one object per
-vocabulary entry (seconds and hundreds of MB for Gemma 4). Its constants are used here.
+vocabulary entry (20 s and 1.1 GB for Gemma 4's, read here in 0.4 s). Its constants are used here.
 
 Two lengths of a key are kept apart: what the file holds, and what ggml writes when it copies the key, because it
 copies strings as C strings and so cuts them at a zero byte.
