@@ -17,7 +17,7 @@ from vllm_gemma4q.checkpoint.sidecars import copy_sidecars, sidecars, to_json
 from vllm_gemma4q.errors import InputError
 
 VERSION = metadata.version("vllm-gemma4q")
-_DEPENDENCIES = ("numpy", "torch")
+_DEPENDENCIES = ("torch",)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,13 @@ behind each other in the output. Without a transform the bytes are copied. With 
 become one array per output: the first is written as it comes, the others (scales) when the step ends.
 
 Three stages overlap: a thread reads and hashes the source, the caller's thread transforms, a thread
-hashes and writes. Peak memory is `_BUFFERS` blocks in and a few out, whatever the tensors' sizes.
+hashes and writes. They share `_BUFFERS` blocks of memory that are allocated once: fresh memory for each
+block would cost more in page faults than the arithmetic does.
 """
 
 import contextlib
 import hashlib
+import math
 import os
 import queue
 from collections import deque
@@ -18,20 +20,20 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from vllm_gemma4q.checkpoint.header import DTYPE_BYTES, TensorInfo, write_header
 from vllm_gemma4q.checkpoint.run import HashingFile, Run
 from vllm_gemma4q.errors import InputError
 
-Transform = Callable[[torch.Tensor], Sequence[torch.Tensor]]
+Transform = Callable[[torch.Tensor, Sequence[torch.Tensor]], object]
 Progress = Callable[[int], object]
 
 MAX_SHARD_BYTES = 5_000_000_000
-BLOCK_BYTES = 16 << 20
-_BUFFERS = 4
-_WRITES_AHEAD = 3
+BLOCK_BYTES = 4 << 20
+# One being read, one being transformed, its result, two being written.
+_BUFFERS = 5
+_ALIGNMENT = 64
 _TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I8": torch.int8}
 
 
@@ -45,15 +47,16 @@ class OutputTensor:
 
     @property
     def n_bytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * DTYPE_BYTES[self.dtype]
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
 class Step:
     """What becomes of one source tensor, or of its rows `first_row` to `last_row` (excluded).
 
-    `transform` maps a block `[r, row_length]` in the source's dtype to one tensor per output, each with r
-    leading rows; a ValueError it raises is reported with the source tensor's name.
+    `transform(rows, out)` turns a block `[r, row_length]` in the source's dtype into one tensor per output, of
+    the output's dtype and of its shape but for r leading rows; it fills those it is given. A ValueError it raises
+    is reported with the source tensor's name.
     """
 
     source: TensorInfo
@@ -119,12 +122,13 @@ def rewrite(shards: Sequence[Shard], run: Run, progress: Progress) -> dict[str, 
         stack.enter_context(_one_torch_thread())
         reader = stack.enter_context(ThreadPoolExecutor(1, "reader"))
         writer = stack.enter_context(ThreadPoolExecutor(1, "writer"))
+        pipeline = _Pipeline(reader, writer, files, progress)
         for shard in shards:
             if shard.name in run.finished:
                 progress(sum(stop - start for start, stop in (step.span for step in shard.steps)))
                 continue
             with run.writing(shard.name) as output:
-                _Pipeline(reader, writer, files, output, progress).write(shard)
+                pipeline.write(shard, output)
             run.record(shard.name)
         return {path.name: reader.submit(file.finish).result() for path, file in files.items()}
 
@@ -170,80 +174,106 @@ def _blocks(steps: Sequence[Step]) -> Iterator[_Block]:
 
 
 class _Pipeline:
-    """Read, transform and write one shard."""
+    """Read, transform and write shards through one set of buffers."""
 
     def __init__(
         self,
         reader: ThreadPoolExecutor,
         writer: ThreadPoolExecutor,
         files: "Mapping[Path, _SourceFile]",
-        output: HashingFile,
         progress: Progress,
     ):
         self._reader, self._writer = reader, writer
-        self._files, self._output, self._progress = files, output, progress
+        self._files, self._progress = files, progress
         self._buffers: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
         for _ in range(_BUFFERS):
             self._buffers.put(bytearray(BLOCK_BYTES))
-        self._writes: deque[Future[None]] = deque()
 
-    def write(self, shard: Shard) -> None:
-        tensors = [(output.name, output.dtype, output.shape) for step in shard.steps for output in step.outputs]
-        self._submit_write([memoryview(write_header(tensors))], None)
+    def write(self, shard: Shard, output: HashingFile) -> None:
+        """Write a shard's header and tensors; returns when all bytes are with the operating system."""
+        tensors = [(tensor.name, tensor.dtype, tensor.shape) for step in shard.steps for tensor in step.outputs]
+        output.write(write_header(tensors))
         blocks = _blocks(shard.steps)
+        writes: deque[Future[None]] = deque()
+        trailing: list[list[bytes]] = []
         try:
             following = self._submit_read(next(blocks, None))
-            trailing: list[list[memoryview]] = []
             while following is not None:
                 block, buffer = following.result()
                 following = self._submit_read(next(blocks, None))
-                self._consume(block, buffer, trailing)
+                chunks, filled = self._transform(block, buffer, trailing)
+                writes.append(self._writer.submit(self._write, output, chunks, filled))
+                while writes[0].done() and len(writes) > 1:
+                    writes.popleft().result()
                 self._progress(block.stop - block.start)
         finally:
-            wait(self._writes)
-        for done in self._writes:
+            wait(writes)
+        for done in writes:
             done.result()
 
-    def _consume(self, block: _Block, buffer: bytearray, trailing: list[list[memoryview]]) -> None:
+    def _transform(
+        self, block: _Block, buffer: bytearray, trailing: list[list[bytes]]
+    ) -> tuple[list[memoryview | bytes], bytearray]:
+        """What to write for a block, and the buffer that holds it until it is written."""
         data = memoryview(buffer)[: block.stop - block.start]
         if block.step.transform is None:
-            self._submit_write([data], buffer)
-            return
+            return [data], buffer
         rows = torch.frombuffer(data, dtype=_TORCH_DTYPES[block.step.source.dtype])
+        rows = rows.view(-1, block.step.source.row_length)
+        target = self._buffers.get()
+        target, spans, out = _outputs(block.step.outputs, len(rows), target)
         try:
-            first, *others = block.step.transform(rows.view(-1, block.step.source.row_length))
+            block.step.transform(rows, out)
         except ValueError as error:
             raise InputError(f"tensor {block.step.source.name}, from row {block.first_row}: {error}") from error
-        trailing.append([_bytes_of(other) for other in others])
-        chunks = [_bytes_of(first)]
+        finally:
+            self._buffers.put(buffer)
+        first, *others = (memoryview(target)[start:stop] for start, stop in spans)
+        trailing.append([bytes(other) for other in others])
+        chunks: list[memoryview | bytes] = [first]
         if block.is_last:
             chunks += [part for column in zip(*trailing, strict=True) for part in column]
             trailing.clear()
-        self._submit_write(chunks, None)
-        self._buffers.put(buffer)
+        return chunks, target
 
     def _submit_read(self, block: _Block | None) -> "Future[tuple[_Block, bytearray]] | None":
         return None if block is None else self._reader.submit(self._read, block)
 
     def _read(self, block: _Block) -> tuple[_Block, bytearray]:
-        buffer, size = self._buffers.get(), block.stop - block.start
-        if len(buffer) < size:
-            buffer = bytearray(size)
+        size = block.stop - block.start
+        buffer = _at_least(size, self._buffers.get())
         self._files[block.step.source.path].read(block.start, memoryview(buffer)[:size])
         return block, buffer
 
-    def _submit_write(self, chunks: list[memoryview], buffer: bytearray | None) -> None:
-        while len(self._writes) >= _WRITES_AHEAD:
-            self._writes.popleft().result()
-        self._writes.append(self._writer.submit(self._write, chunks, buffer))
-
-    def _write(self, chunks: list[memoryview], buffer: bytearray | None) -> None:
+    def _write(self, output: HashingFile, chunks: list[memoryview | bytes], buffer: bytearray) -> None:
         try:
             for chunk in chunks:
-                self._output.write(chunk)
+                output.write(chunk)
         finally:
-            if buffer is not None:
-                self._buffers.put(buffer)
+            self._buffers.put(buffer)
+
+
+def _at_least(size: int, buffer: bytearray) -> bytearray:
+    """The buffer, or a larger one in its place: a single row may be longer than a block."""
+    return buffer if len(buffer) >= size else bytearray(size)
+
+
+def _outputs(
+    outputs: Sequence[OutputTensor], rows: int, buffer: bytearray
+) -> tuple[bytearray, list[tuple[int, int]], list[torch.Tensor]]:
+    """Tensors for `rows` rows of each output, laid out in a buffer: the buffer, byte spans, tensors."""
+    shapes = [(rows, *output.shape[1:]) for output in outputs]
+    spans, end = [], 0
+    for output, shape in zip(outputs, shapes, strict=True):
+        start = -(-end // _ALIGNMENT) * _ALIGNMENT
+        end = start + math.prod(shape) * DTYPE_BYTES[output.dtype]
+        spans.append((start, end))
+    buffer = _at_least(end, buffer)
+    tensors = [
+        torch.frombuffer(memoryview(buffer)[start:stop], dtype=_TORCH_DTYPES[output.dtype]).view(shape)
+        for (start, stop), output, shape in zip(spans, outputs, shapes, strict=True)
+    ]
+    return buffer, spans, tensors
 
 
 class _SourceFile:
@@ -285,7 +315,3 @@ class _SourceFile:
                 raise InputError(f"{self._path.name}: truncated while it was read, at byte {self._hashed}")
             self._sha256.update(data)
             self._hashed += len(data)
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data

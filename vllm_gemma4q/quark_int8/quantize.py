@@ -5,8 +5,9 @@ Every linear of the language model is quantized, fused 3-D experts into one weig
 while serving.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import torch
 from gemma4q_kernels.int8_scaled_mm import quantize_per_channel
 
 from vllm_gemma4q.architecture import Role, is_fused_experts, is_linear_weight, parse_text_architecture, role_of
@@ -62,7 +63,12 @@ def _expert_steps(tensor: TensorInfo) -> Iterator[Step]:
 def _quantize_rows(tensor: TensorInfo, module: str, first: int, last: int) -> Step:
     weight = OutputTensor(f"{module}.weight", "I8", (last - first, tensor.row_length))
     scale = OutputTensor(f"{module}.weight_scale", "F32", (last - first,))
-    return Step(tensor, (weight, scale), quantize_per_channel, first, last)
+    return Step(tensor, (weight, scale), _transform, first, last)
+
+
+def _transform(rows: torch.Tensor, out: Sequence[torch.Tensor]) -> None:
+    weight, scale = out
+    quantize_per_channel(rows, out=(weight, scale))
 
 
 def _exclude(source: Checkpoint) -> list[str]:
