@@ -6,7 +6,7 @@ per tensor a string name, u32 dimensions, that many u64 sizes (row length first)
 Source: docs/gguf.md of ggml, and `gguf_init_from_reader` in llama.cpp's ggml/src/gguf.cpp (b11434) for the checks.
 
 Why not the `gguf` package's GGUFReader: a slice past the end of its memory map is silently short, so a key that claims
-2^60 integers loops until memory runs out; sizes wrap in 64 bits; offsets are not checked; and it keeps one object per
+2^60 bytes loops until memory runs out; sizes wrap in 64 bits; offsets are not checked; and it keeps one object per
 vocabulary entry (20 s and 1.1 GB for Gemma 4's, read here in 0.4 s). Its constants are used here.
 
 Two lengths of a key are kept apart: what the file holds, and what ggml writes when it copies the key, because it
