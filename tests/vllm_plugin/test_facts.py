@@ -111,6 +111,19 @@ def test_a_layer_whose_attention_stays_bf16() -> None:
     assert found.unquantized == {f"layers.2.self_attn.{shard}_proj" for shard in "qko"}
 
 
+@pytest.mark.parametrize("root", ["language_model.model.", "model."])
+def test_the_engines_names(root: str) -> None:
+    config = synthetic.small_config(hidden_size_per_layer_input=16, vocab_size_per_layer_input=256)
+    found = facts(config, int8_headers(config))
+    for module in ("layers.2.self_attn.qkv_proj", "layers.0.mlp.gate_up_proj", "layers.0.self_attn.o_proj"):
+        assert found.is_int8(root + module)
+    assert found.is_int8(f"{root}per_layer_model_projection")
+    assert found.is_int8(f"{root}layers.1.per_layer_input_gate")
+    assert not found.is_int8(f"{root}layers.0.router.proj")
+    assert not found.is_int8("vision_tower.encoder.layers.0.mlp.gate_proj.linear")
+    assert facts(MOE, int8_headers(MOE)).is_int8(f"{root}layers.1.experts")
+
+
 Change = Callable[[Headers], None]
 
 

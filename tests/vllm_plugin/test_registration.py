@@ -93,11 +93,8 @@ def test_claimed_without_flags_and_picklable(moe: Family) -> None:
     config = _engine_config(moe.variants["int8"]).quant_config
     assert isinstance(config, QuarkInt8Config) and config.facts is not None
     copy = pickle.loads(pickle.dumps(config))
-    for prefix in ("language_model.model.", "model."):
-        assert copy.is_int8(f"{prefix}layers.2.self_attn.qkv_proj")
-        assert copy.is_int8(f"{prefix}layers.0.mlp.gate_up_proj")
-        assert copy.is_int8(f"{prefix}layers.0.experts")
-    assert not copy.is_int8("vision_tower.encoder.layers.0.mlp.gate_proj.linear")
+    assert copy.is_int8("language_model.model.layers.2.self_attn.qkv_proj")
+    assert copy.facts == config.facts
 
 
 @pytest.mark.engine

@@ -13,7 +13,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.platforms import current_platform
 
-from vllm_gemma4q.architecture import FUSED_SHARDS, parse_text_architecture
+from vllm_gemma4q.architecture import parse_text_architecture
 from vllm_gemma4q.quark_int8.facts import Facts, disagreements, read_facts, relative_name
 from vllm_gemma4q.quark_int8.headers import find_headers
 from vllm_gemma4q.quark_int8.scheme import METHOD_NAME, claims
@@ -65,9 +65,7 @@ class QuarkInt8Config(QuantizationConfig):
         """Whether the linear or experts that the engine calls `prefix` are int8 in the checkpoint."""
         if self.facts is None:
             raise RuntimeError("the checkpoint's headers were not read: maybe_update_config did not run")
-        parent, _, last = relative_name(prefix).rpartition(".")
-        # Shards agree (read_facts), so any that exists speaks for all: layers where V equals K have no v_proj.
-        return any(f"{parent}.{shard}" in self.facts.int8 for shard in FUSED_SHARDS.get(last, (last,)))
+        return self.facts.is_int8(prefix)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """vLLM's or our method for a layer; None where vLLM's default for unquantized layers applies."""

@@ -63,6 +63,16 @@ class Facts:
     unquantized: frozenset[str]
     int8_norms: frozenset[str]
 
+    def is_int8(self, name: str) -> bool:
+        """Whether a linear or a layer's experts are int8, by the engine's name, fused or not.
+
+        Shards agree, so any that exists speaks for all: layers where V equals K have no v_proj.
+        """
+        module = relative_name(name)
+        last = module.rpartition(".")[2]
+        parent = module.removesuffix(last)
+        return any(parent + shard in self.int8 for shard in FUSED_SHARDS.get(last, (last,)))
+
 
 def relative_name(name: str) -> str:
     """A tensor's or module's name without the language model's root; names outside it are returned unchanged."""
