@@ -142,18 +142,23 @@ def _choose(options: list[list[_Option]], budget: int) -> tuple[list[_Option], f
     error_scale = max(max(option.error for option in flat), 1e-30)
     errors = np.array([option.error for option in flat]) / error_scale
     sizes = np.array([option.n_bytes for option in flat]) / budget if budget else np.zeros(len(flat))
+    least = [choices[0] for choices in options]
+    room = max(1 - 2 * _TOLERANCE, sum(option.n_bytes for option in least) / budget) if budget else 0.0
     one_each = csr_matrix((np.ones(len(flat)), (owner, np.arange(len(flat)))), shape=(len(options), len(flat)))
     result = milp(
         errors,
         integrality=np.ones(len(flat)),
         bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(sizes[None, :], -np.inf, 1 - 2 * _TOLERANCE)],
+        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(sizes[None, :], -np.inf, room)],
         options={"mip_rel_gap": RELATIVE_GAP, "time_limit": TIME_LIMIT_SECONDS},
     )
     if result.x is None:
         raise RuntimeError(f"HiGHS: {result.message}")
     best = [int(np.flatnonzero(owner == unit)[np.argmax(result.x[owner == unit])]) for unit in range(len(options))]
-    chosen = _fill(options, [flat[index] for index in best], budget)
+    chosen = [flat[index] for index in best]
+    if sum(option.n_bytes for option in chosen) > budget:  # only where the least possible is all that fits
+        chosen = least
+    chosen = _fill(options, chosen, budget)
     error = sum(option.error for option in chosen)
     bound = float(result.mip_dual_bound) * error_scale
     return chosen, max(0.0, 1 - bound / error) if error else 0.0

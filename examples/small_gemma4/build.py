@@ -33,8 +33,8 @@ def build_tokenizer() -> transformers.GemmaTokenizer:
     return tokenizer.build([*corpus.training_sections(), *lines])
 
 
-def build(kind: str, folder: Path, recipe: train.Recipe) -> dict[str, Any]:
-    """Train one model, write its checkpoint and training.json, and return the latter."""
+def build(kind: str, folder: Path, recipe: train.Recipe, evaluated: bool = True) -> dict[str, Any]:
+    """Train one model, write its checkpoint and training.json, and return the latter; evaluation takes minutes."""
     folder.mkdir(parents=True, exist_ok=True)
     processor = model.build_processor(build_tokenizer())
     network = model.build_model(model.build_config(kind, processor.tokenizer), seed=0)
@@ -42,15 +42,16 @@ def build(kind: str, folder: Path, recipe: train.Recipe) -> dict[str, Any]:
     train.train(network, processor, recipe)
     seconds = time.perf_counter() - started
     model.save(network, processor, kind, folder)
-    result = {
+    result: dict[str, Any] = {
         "steps": recipe.steps,
         "threads": recipe.threads,
         "seconds": round(seconds, 1),
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        **evaluate.report(model.load(folder), processor),
     }
+    if evaluated:
+        result |= evaluate.report(model.load(folder), processor)
     (folder / "training.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
 
@@ -61,11 +62,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent, help="where dense/, moe/ go")
     parser.add_argument("--steps", type=int, help="training steps (default: dense {dense}, moe {moe})".format(**STEPS))
     parser.add_argument("--threads", type=int, default=train.THREADS, help="processor threads (default: %(default)s)")
+    parser.add_argument("--no-evaluation", action="store_true", help="leave losses and accuracies out of training.json")
     arguments = parser.parse_args()
     kinds = ["dense", "moe"] if arguments.kind == "all" else [arguments.kind]
     for kind in kinds:
         recipe = train.Recipe(arguments.steps or STEPS[kind], threads=arguments.threads)
-        result = build(kind, arguments.output / kind, recipe)
+        result = build(kind, arguments.output / kind, recipe, not arguments.no_evaluation)
+        if arguments.no_evaluation:
+            continue
         held, accuracy = result["held_out_loss"], result["chat_accuracy"]["all"]
         print(f"{kind}: text {held['text']:.3f}, chat {held['chat']:.3f} nats/token, {accuracy:.0%} right answers")
 

@@ -23,18 +23,11 @@ from gguf.constants import GGML_QUANT_SIZES
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gguf_mixed.errors import InputError
-from gguf_mixed.llama_cpp import find_tool
-
 T = GGMLQuantizationType
 
 
-def test_sizes_are_those_of_the_real_library():
-    try:
-        folder = find_tool("llama-quantize").resolve().parent
-    except InputError as error:
-        pytest.skip(f"{error}; environment/build_llama_cpp.py builds it")
-    library = ctypes.CDLL(folder / "libggml-base.so")
+def test_sizes_are_those_of_the_real_library(llama_quantize):
+    library = ctypes.CDLL(llama_quantize.resolve().parent / "libggml-base.so")
     library.ggml_blck_size.restype = ctypes.c_int64
     library.ggml_row_size.restype = ctypes.c_size_t
     library.ggml_row_size.argtypes = [ctypes.c_int, ctypes.c_int64]

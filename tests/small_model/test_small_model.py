@@ -244,7 +244,7 @@ def build(kind: str, output: Path, *arguments: str) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_two_builds_are_byte_identical(kind: str, tmp_path: Path) -> None:
-    first, second = (build(kind, tmp_path / name, "--steps", "2") for name in ("first", "second"))
+    first, second = (build(kind, tmp_path / name, "--steps", "2", "--no-evaluation") for name in ("first", "second"))
     assert first.keys() == second.keys() >= {"config.json", "tokenizer.json", "processor_config.json"}
     assert [name for name in first if first[name] != second[name]] == []
     committed = {path.name for path in (EXAMPLE / kind).iterdir()}
