@@ -12,7 +12,7 @@ block would cost more in page faults than the arithmetic does.
 import contextlib
 import hashlib
 import math
-import os
+import mmap
 import queue
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from vllm_gemma4q.checkpoint.direct_io import DirectReader, aligned_buffer, fits
 from vllm_gemma4q.checkpoint.header import DTYPE_BYTES, TensorInfo, write_header
 from vllm_gemma4q.checkpoint.run import HashingFile, Run
 from vllm_gemma4q.errors import InputError
@@ -185,9 +186,9 @@ class _Pipeline:
     ):
         self._reader, self._writer = reader, writer
         self._files, self._progress = files, progress
-        self._buffers: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
+        self._buffers: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
         for _ in range(_BUFFERS):
-            self._buffers.put(bytearray(BLOCK_BYTES))
+            self._buffers.put(aligned_buffer(BLOCK_BYTES))
 
     def write(self, shard: Shard, output: HashingFile) -> None:
         """Write a shard's header and tensors; returns when all bytes are with the operating system."""
@@ -199,9 +200,9 @@ class _Pipeline:
         try:
             following = self._submit_read(next(blocks, None))
             while following is not None:
-                block, buffer = following.result()
+                block, data, buffer = following.result()
                 following = self._submit_read(next(blocks, None))
-                chunks, filled = self._transform(block, buffer, trailing)
+                chunks, filled = self._transform(block, data, buffer, trailing)
                 writes.append(self._writer.submit(self._write, output, chunks, filled))
                 while writes[0].done() and len(writes) > 1:
                     writes.popleft().result()
@@ -212,10 +213,9 @@ class _Pipeline:
             done.result()
 
     def _transform(
-        self, block: _Block, buffer: bytearray, trailing: list[list[bytes]]
-    ) -> tuple[list[memoryview | bytes], bytearray]:
+        self, block: _Block, data: memoryview, buffer: mmap.mmap, trailing: list[list[bytes]]
+    ) -> tuple[list[memoryview | bytes], mmap.mmap]:
         """What to write for a block, and the buffer that holds it until it is written."""
-        data = memoryview(buffer)[: block.stop - block.start]
         if block.step.transform is None:
             return [data], buffer
         rows = torch.frombuffer(data, dtype=_TORCH_DTYPES[block.step.source.dtype])
@@ -236,16 +236,14 @@ class _Pipeline:
             trailing.clear()
         return chunks, target
 
-    def _submit_read(self, block: _Block | None) -> "Future[tuple[_Block, bytearray]] | None":
+    def _submit_read(self, block: _Block | None) -> "Future[tuple[_Block, memoryview, mmap.mmap]] | None":
         return None if block is None else self._reader.submit(self._read, block)
 
-    def _read(self, block: _Block) -> tuple[_Block, bytearray]:
-        size = block.stop - block.start
-        buffer = _at_least(size, self._buffers.get())
-        self._files[block.step.source.path].read(block.start, memoryview(buffer)[:size])
-        return block, buffer
+    def _read(self, block: _Block) -> tuple[_Block, memoryview, mmap.mmap]:
+        buffer = _at_least(block.stop - block.start, self._buffers.get())
+        return block, self._files[block.step.source.path].read(block.start, block.stop, buffer), buffer
 
-    def _write(self, output: HashingFile, chunks: list[memoryview | bytes], buffer: bytearray) -> None:
+    def _write(self, output: HashingFile, chunks: list[memoryview | bytes], buffer: mmap.mmap) -> None:
         try:
             for chunk in chunks:
                 output.write(chunk)
@@ -253,14 +251,14 @@ class _Pipeline:
             self._buffers.put(buffer)
 
 
-def _at_least(size: int, buffer: bytearray) -> bytearray:
+def _at_least(size: int, buffer: mmap.mmap) -> mmap.mmap:
     """The buffer, or a larger one in its place: a single row may be longer than a block."""
-    return buffer if len(buffer) >= size else bytearray(size)
+    return buffer if fits(size, buffer) else aligned_buffer(size)
 
 
 def _outputs(
-    outputs: Sequence[OutputTensor], rows: int, buffer: bytearray
-) -> tuple[bytearray, list[tuple[int, int]], list[torch.Tensor]]:
+    outputs: Sequence[OutputTensor], rows: int, buffer: mmap.mmap
+) -> tuple[mmap.mmap, list[tuple[int, int]], list[torch.Tensor]]:
     """Tensors for `rows` rows of each output, laid out in a buffer: the buffer, byte spans, tensors."""
     shapes = [(rows, *output.shape[1:]) for output in outputs]
     spans, end = [], 0
@@ -280,38 +278,29 @@ class _SourceFile:
     """One source file, read in ranges and hashed on the way; what a plan skips is read for the hash alone."""
 
     def __init__(self, path: Path):
-        self._path = path
-        self._file = path.open("rb", buffering=0)
+        self._reader = DirectReader(path)
         self._sha256 = hashlib.sha256()
         self._hashed = 0
 
-    def read(self, start: int, into: memoryview) -> None:
-        """Fill `into` with the bytes from `start`."""
-        self._hash_up_to(start)
-        self._file.seek(start)
-        filled = 0
-        while filled < len(into):
-            count = self._file.readinto(into[filled:])
-            if not count:
-                raise InputError(f"{self._path.name}: truncated while it was read, at byte {start + filled}")
-            filled += count
-        if start + len(into) > self._hashed:
-            self._sha256.update(into[self._hashed - start :])
-            self._hashed = start + len(into)
+    def read(self, start: int, stop: int, buffer: mmap.mmap) -> memoryview:
+        """The bytes from `start` to `stop`, in `buffer`."""
+        self._hash_up_to(start, buffer)
+        data = self._reader.read(start, stop, buffer)
+        if stop > self._hashed:
+            self._sha256.update(data[self._hashed - start :])
+            self._hashed = stop
+        return data
 
     def finish(self) -> str:
         """SHA-256 of the whole file."""
-        self._hash_up_to(os.fstat(self._file.fileno()).st_size)
+        self._hash_up_to(self._reader.size, aligned_buffer(BLOCK_BYTES))
         return self._sha256.hexdigest()
 
     def close(self) -> None:
-        self._file.close()
+        self._reader.close()
 
-    def _hash_up_to(self, position: int) -> None:
-        self._file.seek(self._hashed)
+    def _hash_up_to(self, position: int, buffer: mmap.mmap) -> None:
         while self._hashed < position:
-            data = self._file.read(min(BLOCK_BYTES, position - self._hashed))
-            if not data:
-                raise InputError(f"{self._path.name}: truncated while it was read, at byte {self._hashed}")
-            self._sha256.update(data)
-            self._hashed += len(data)
+            stop = min(self._hashed + BLOCK_BYTES, position)
+            self._sha256.update(self._reader.read(self._hashed, stop, buffer))
+            self._hashed = stop

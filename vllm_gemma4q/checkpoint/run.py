@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
+from vllm_gemma4q.checkpoint.direct_io import DirectWriter
 from vllm_gemma4q.checkpoint.header import read_json
 from vllm_gemma4q.errors import InputError
 
@@ -104,11 +105,10 @@ class Run:
         partial = self.target / (name + _PARTIAL)
         with _as_input_error(self.target / name):
             try:
-                with partial.open("wb") as file:
-                    hashing = HashingFile(file)
+                with contextlib.closing(DirectWriter(partial)) as writer:
+                    hashing = HashingFile(writer)
                     yield hashing
-                    file.flush()
-                    os.fsync(file.fileno())
+                    writer.sync()
             except BaseException:
                 partial.unlink(missing_ok=True)
                 raise
@@ -189,14 +189,15 @@ class Run:
 class HashingFile:
     """A file being written, with the SHA-256 of what has been written so far."""
 
-    def __init__(self, file: BinaryIO):
-        self._file = file
+    def __init__(self, writer: DirectWriter):
+        self._writer = writer
         self.n_bytes = 0
         self.sha256 = hashlib.sha256()
 
     def write(self, data: bytes | memoryview) -> None:
         self.sha256.update(data)
-        self.n_bytes += self._file.write(data)
+        self._writer.write(data)
+        self.n_bytes += len(data)
 
 
 def _changed_keys(before: Any, after: Mapping[str, Any]) -> str:
