@@ -20,16 +20,16 @@ import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
+from peak_memory import measure  # noqa: E402
 from synthetic import CONFIG_31B, write_checkpoint  # noqa: E402
 
 QUARK_PYTHON = ROOT / ".venv-quark" / "bin" / "python"
@@ -80,24 +80,12 @@ def drop_page_cache() -> bool:
     return True
 
 
-def measure(command: list[str], source: Path, target: Path) -> dict[str, float]:
-    """Wall seconds and peak resident bytes of one process that turns `source` into `target`."""
+def run_once(command: list[str], source: Path, target: Path) -> dict[str, float]:
+    """What one process that turns `source` into `target` takes."""
     cold = drop_page_cache()
-    started = time.perf_counter()
-    process = subprocess.Popen([*command, str(source), str(target)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    log = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - started
-    if status:
-        raise SystemExit(f"{command[0]} failed:\n{log.decode()[-2000:]}")
+    usage = measure([*command, source, target])
     shutil.rmtree(target)
-    return {
-        "seconds": seconds,
-        "peak_bytes": usage.ru_maxrss * 1024,
-        "cpu_seconds": usage.ru_utime + usage.ru_stime,
-        "cold": cold,
-    }
+    return {**asdict(usage), "cold": cold}
 
 
 def summarize(runs: dict[str, list[dict[str, float]]], source_bytes: int) -> dict[str, dict[str, float]]:
@@ -139,7 +127,7 @@ def main() -> None:
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in contestants()}
         for repeat in range(arguments.repeats):
             for name, command in contestants().items():
-                runs[name].append(measure(command, source, Path(work) / "target"))
+                runs[name].append(run_once(command, source, Path(work) / "target"))
                 print(f"{name} {repeat + 1}/{arguments.repeats}: {runs[name][-1]}", flush=True)
     table = summarize(runs, source_bytes)
     result = {

@@ -1,10 +1,9 @@
 """Peak memory of the quantizer: a few blocks of rows, whatever the tensors' sizes."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
+from peak_memory import measure
 from synthetic import CONFIG_31B, shapes, write_header_only
 
 GEMMA4Q = Path(sys.executable).with_name("gemma4q")
@@ -23,9 +22,14 @@ def test_peak_memory_is_bounded_whatever_the_largest_tensor(tmp_path):
     source = write_header_only(tmp_path / "source", config, shapes(config).items())
     largest = 2 * 21504 * 5376
     command = [GEMMA4Q, "quantize", source, tmp_path / "target", "--scheme", "quark-int8"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0
-    peak = usage.ru_maxrss * 1024
+    peak = measure(command).peak_bytes
     assert peak < 2.5 * largest + 400 * MB
     assert peak < 500 * MB, "the stream should hold blocks, not tensors"
+
+
+def test_the_measurement_sees_what_a_process_holds_and_no_more():
+    """With a large caller, too."""
+    ballast = bytearray(b"x") * (700 * MB)
+    small = measure([sys.executable, "-c", "pass"]).peak_bytes
+    large = measure([sys.executable, "-c", f"bytearray(b'x') * {300 * MB}"]).peak_bytes
+    assert small < 100 * MB < 300 * MB < large < len(ballast)
