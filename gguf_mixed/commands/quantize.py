@@ -1,0 +1,50 @@
+"""`gguf-mixed quantize MODEL.gguf OUT.gguf --overrides overrides.txt`"""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gguf_mixed.imatrix_gguf import read_imatrix
+from gguf_mixed.llama_cpp import find_tool
+from gguf_mixed.overrides import read_overrides
+from gguf_mixed.quantize import Job, build_command, check_output, partial_path, run_and_verify
+from gguf_mixed.sidecar import check_model, read_sidecar
+from gguf_mixed.tensors import read_inventory
+
+
+def command(
+    model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="A model, or the first file of a split one.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write.")],
+    overrides: Annotated[Path, typer.Option(metavar="FILE", help="The table that `gguf-mixed plan` wrote.")],
+    imatrix: Annotated[Path | None, typer.Option(metavar="FILE", help="The importance matrix, GGUF or .dat.")] = None,
+    llama_cpp: Annotated[Path | None, typer.Option(metavar="DIR", help="Use the llama-quantize in here.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of llama-quantize.")] = None,
+    allow_requantize: Annotated[bool, typer.Option(help="Accept a model that is quantized already.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT.gguf.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and stop.")] = False,
+) -> None:
+    """Run llama-quantize with a table, check every tensor's type and the size, and only then name the file OUT.gguf."""
+    inventory = read_inventory(model)
+    table = read_overrides(overrides)
+    content = read_sidecar(overrides, table)
+    if content is not None:
+        check_model(content, inventory)
+    job = Job(inventory, table, None if imatrix is None else read_imatrix(imatrix), imatrix)
+    tool = find_tool("llama-quantize", llama_cpp)
+    written = build_command(
+        tool, job, overrides, partial_path(output), threads=threads, allow_requantize=allow_requantize
+    )
+    if dry_run:
+        print(shlex.join(written))
+        return
+    check_output(job, output, overwrite)
+    print(shlex.join(written), file=sys.stderr)
+    differences = run_and_verify(job, written, output, lambda line: print(line, file=sys.stderr))
+    if differences:
+        print("\n".join(differences))
+        print(f"{partial_path(output)}: not as planned, {len(differences)} differences", file=sys.stderr)
+        raise typer.Exit(1)
+    print(f"{output}: {job.file_bytes:,} bytes, {job.bpw:.3f} bpw; all {len(job.written)} tensors as planned")

@@ -1,0 +1,144 @@
+"""Provenance of an override table, in `TABLE.json` beside it, because the table itself admits no comments."""
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from gemma4q_kernels.ggml import GGMLQuantizationType, type_name
+
+from gguf_mixed.errors import InputError
+from gguf_mixed.overrides import OverrideTable
+from gguf_mixed.quantize import Job
+from gguf_mixed.tensors import Inventory, RequestedTypes
+
+FORMAT = 1
+_PACKAGES = ("vllm-gemma4q", "gguf", "numpy", "scipy")
+_PIECE = 1 << 20
+
+
+def sidecar_path(table: Path) -> Path:
+    """Where the provenance of a table lies."""
+    return table.with_name(table.name + ".json")
+
+
+def describe(
+    job: Job, requested: RequestedTypes, recipe: str, arguments: Mapping[str, object], sensitivity: str
+) -> dict[str, Any]:
+    """The sidecar's content.
+
+    Args:
+        requested: types before substitution.
+        recipe: of the recipe or the solver that chose them.
+        arguments: given to it, and what it says of its choice.
+        sensitivity: where the cost of an error in one tensor against another comes from.
+    """
+    inventory = job.inventory
+    return {
+        "format": FORMAT,
+        "model": {
+            "name": inventory.path.name,
+            "bytes": inventory.file_bytes,
+            "header_sha256": header_sha256(inventory),
+            "tensors": len(inventory.tensors),
+            "parameters": inventory.n_elements,
+        },
+        "imatrix": None
+        if job.imatrix_path is None
+        else {"name": job.imatrix_path.name, "sha256": _sha256(job.imatrix_path, None)},
+        "recipe": recipe,
+        "arguments": dict(arguments),
+        "sensitivity": sensitivity,
+        "predicted": {"file_bytes": job.file_bytes, "tensor_bytes": job.tensor_bytes, "bpw": job.bpw},
+        "file_type": job.file_type,
+        "fallbacks": fallbacks(job, requested),
+        "types": {name: type_name(qtype) for name, qtype in job.written.items()},
+        "table_sha256": hashlib.sha256(job.table.text.encode()).hexdigest(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+    }
+
+
+def fallbacks(job: Job, requested: RequestedTypes) -> list[dict[str, str]]:
+    """Tensors whose rows do not fit the requested type, in file order."""
+    return [
+        {"tensor": name, "requested": type_name(requested[name]), "written": type_name(written)}
+        for name, written in job.written.items()
+        if name in requested and written != requested[name]
+    ]
+
+
+def header_sha256(inventory: Inventory) -> str:
+    """Hash of everything before the weights, of all the model's files in order."""
+    digest = hashlib.sha256()
+    for header in inventory.headers:
+        digest.update(bytes.fromhex(_sha256(header.path, header.data_start)))
+    return digest.hexdigest()
+
+
+def write_plan(path: Path, table: OverrideTable, content: Mapping[str, Any]) -> None:
+    """Write a table and its sidecar; each appears only when it is complete."""
+    for target, text in (
+        (sidecar_path(path), json.dumps(content, indent=1, ensure_ascii=False) + "\n"),
+        (path, table.text),
+    ):
+        partial = target.with_name(target.name + ".partial")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(target)
+
+
+def read_sidecar(table_path: Path, table: OverrideTable) -> dict[str, Any] | None:
+    """The sidecar of a table, None where there is none.
+
+    Raises:
+        InputError: not ours, or the table was changed since.
+    """
+    path = sidecar_path(table_path)
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path.name}: not a sidecar: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise InputError(f"{path.name}: not a sidecar of format {FORMAT}")
+    if content.get("table_sha256") != hashlib.sha256(table.text.encode()).hexdigest():
+        raise InputError(f"{table_path.name}: changed since it was planned: plan again, or remove {path.name}")
+    return content
+
+
+def planned_types(content: Mapping[str, Any]) -> dict[str, GGMLQuantizationType]:
+    """Type of every tensor, kept ones included, as planned."""
+    return {name: GGMLQuantizationType[kind.upper()] for name, kind in content["types"].items()}
+
+
+def check_model(content: Mapping[str, Any], inventory: Inventory) -> None:
+    """Check that a table was planned for this model.
+
+    Raises:
+        InputError: it was planned for another.
+    """
+    if content["model"]["header_sha256"] != header_sha256(inventory):
+        raise InputError(
+            f"{inventory.path.name}: the table was planned for another model, {content['model']['name']} "
+            "(its header's hash differs)"
+        )
+
+
+def _sha256(path: Path, n_bytes: int | None) -> str:
+    digest = hashlib.sha256()
+    left = path.stat().st_size if n_bytes is None else n_bytes
+    with path.open("rb") as file:
+        while left > 0 and (piece := file.read(min(_PIECE, left))):
+            digest.update(piece)
+            left -= len(piece)
+    return digest.hexdigest()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
