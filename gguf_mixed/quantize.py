@@ -203,6 +203,7 @@ def _run(command: list[str], log: Callable[[str], None]) -> None:
         status = process.wait()
     finally:
         process.kill()
+        process.wait()
     if status:
         lines = [line for line in kept if line and not line.startswith("llama_model_loader: -")]
         reason = next(
