@@ -1,0 +1,297 @@
+"""The error table of a model, measured with ggml's own quantizers on sampled rows.
+
+Each tensor is read by row, each sampled row is stored as each legal type and read back, and the squared errors are
+summed under the sensitivity's rows and columns (see `sensitivity`), scaled up to the whole tensor. Sampling: the rows
+of all matrices in file order are cut into `n_rows` parts of equal sensitivity, and one row is drawn from each; a row
+counts with one over its chance, so the sum is unbiased. Tensors with no more rows than that are measured in full.
+
+Results are kept tensor by tensor in a cache file, one JSON line each, under a digest of all that they depend on:
+weights (shape, type, first bytes), imatrix, sensitivity, sampling and library. A line that was cut off is measured
+again.
+Not done: sources that are already quantized, and two processes writing one cache file.
+"""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from gemma4q_kernels.ggml import FLOAT_TYPES, GGMLQuantizationType, row_bytes
+from gemma4q_kernels.ggml.quantize import Quantizers
+from tqdm import tqdm
+
+from gguf_mixed.error_table import ErrorRow, ErrorTable
+from gguf_mixed.errors import InputError
+from gguf_mixed.imatrix import Imatrix
+from gguf_mixed.sensitivity import Sensitivity, TensorSensitivity, rows_of_matrix
+from gguf_mixed.tensors import Inventory, Tensor
+
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.int64]
+Sums = dict[str, float]
+
+N_ROWS = 256
+_ENERGY = "energy"  # beside the types: the same sum of the weights themselves
+_HEADER = {"gguf-mixed error cache": 1}
+_DIGESTED_BYTES = 65536
+_CHUNK_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Rows measured in each tensor, and the seed of the draw. 256 rows: the error is known to 3 to 12 percent."""
+
+    n_rows: int = N_ROWS
+    seed: int = 0
+
+
+def measure(
+    inventory: Inventory,
+    quantizers: Quantizers,
+    sensitivity: Sensitivity,
+    imatrix: Imatrix | None = None,
+    types: Sequence[GGMLQuantizationType] | None = None,
+    sampling: Sampling = Sampling(),
+    threads: int = 1,
+    cache: Path | None = None,
+    progress: bool = False,
+) -> ErrorTable:
+    """Measure every quantizable tensor at every type that it can be stored in.
+
+    Args:
+        inventory: a model of F32, F16 or BF16.
+        quantizers: of the library that will write the file.
+        sensitivity: turns squared errors into one unit.
+        imatrix: weights for the quantizers, and for columns where the sensitivity has none.
+        types: only these, None for all.
+        sampling: which rows.
+        threads: tensors measured at once; each holds a few hundred rows.
+        cache: file that keeps results; made where it is missing.
+        progress: show a bar on the error stream.
+
+    Types that need imatrix data a tensor lacks are left out, as are those the library does not know.
+
+    Raises:
+        InputError: no weights in the file, weights of another type or not finite, an imatrix or sensitivity of
+            another model, a file that is not such a cache, or a tensor that no type is left for.
+    """
+    _check(inventory, imatrix)
+    allowed = set(quantizers.types) & set(types if types is not None else quantizers.types)
+    tensors = [tensor for tensor in inventory.tensors.values() if not tensor.kept_because]
+    kept = _Cache(cache)
+    library = hashlib.sha256(quantizers.library.read_bytes()).digest()
+
+    def rows(tensor: Tensor) -> list[ErrorRow]:
+        job = _Job.of(tensor, sensitivity, imatrix, allowed)
+        digest = job.digest(sampling, library)
+        known = kept.get(tensor.name, digest)
+        missing = [qtype for qtype in job.measured_types if qtype.name not in known]
+        if missing:
+            known = known | job.sums(quantizers, missing, sampling)
+            kept.add(tensor.name, digest, known)
+        return job.rows(known)
+
+    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(tensors), unit="tensor", disable=not progress) as bar:
+        found: list[ErrorRow] = []
+        for measured in pool.map(rows, tensors):
+            found += measured
+            bar.update()
+    return ErrorTable(found)
+
+
+def sampled_rows(weights: Doubles, n_rows: int, generator: np.random.Generator) -> tuple[Integers, Doubles]:
+    """Draw rows with a chance in proportion to their weight, one from each part of equal weight.
+
+    Args:
+        weights: float64 [rows], not negative.
+        n_rows: rows to draw; all are taken where there are no more.
+        generator: of the draw.
+
+    Returns:
+        int64 [m], distinct rows ascending, and float64 [m], what each counts: its draws over their expected number.
+    """
+    if len(weights) <= n_rows or not weights.sum() > 0:
+        kept = np.arange(min(len(weights), n_rows))
+        return kept, np.ones(len(kept))
+    edges = np.cumsum(weights) / weights.sum()
+    points = (np.arange(n_rows) + generator.random(n_rows)) / n_rows
+    # Rounding may leave the last edge below 1, and a point on an edge belongs to the next row of any weight.
+    drawn = np.minimum(np.searchsorted(edges, points, side="right"), np.flatnonzero(weights)[-1])
+    rows, draws = np.unique(drawn, return_counts=True)
+    return rows, draws / (n_rows * weights[rows] / weights.sum())
+
+
+def read_rows(tensor: Tensor, rows: Integers) -> Floats:
+    """float32 [len(rows), row_length]: those rows, counted over all matrices of the tensor."""
+    n_bytes = row_bytes(tensor.qtype, tensor.row_length)
+    n_rows = tensor.n_elements // tensor.row_length
+    stored = np.memmap(tensor.path, np.uint8, "r", tensor.start, (n_rows, n_bytes))
+    picked = np.ascontiguousarray(stored[rows])
+    if tensor.qtype is GGMLQuantizationType.BF16:
+        return (picked.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    return picked.view("<f2" if tensor.qtype is GGMLQuantizationType.F16 else "<f4").astype(np.float32)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One tensor with everything its errors depend on."""
+
+    tensor: Tensor
+    sensitivity: TensorSensitivity
+    weights: Floats | None  # [n_matrices, row_length], for the quantizers
+    types: tuple[GGMLQuantizationType, ...]
+
+    @classmethod
+    def of(
+        cls,
+        tensor: Tensor,
+        sensitivity: Sensitivity,
+        imatrix: Imatrix | None,
+        allowed: set[GGMLQuantizationType],
+    ) -> "_Job":
+        found = sensitivity.of(tensor)
+        found.check(tensor)
+        weights = _imatrix_weights(tensor, imatrix)
+        possible = (qtype for qtype in tensor.legal_types if qtype in allowed)
+        types = tuple(qtype for qtype in possible if weights is not None or not tensor.requires_imatrix(qtype))
+        if not types:
+            raise InputError(f"tensor {tensor.name}: none of the types asked for can store rows of {tensor.row_length}")
+        return cls(tensor, found, weights, types)
+
+    @property
+    def measured_types(self) -> tuple[GGMLQuantizationType, ...]:
+        """Those of the table, and the one the sensitivity was measured at."""
+        at = self._anchor_type
+        return self.types if at is None or at in self.types else (*self.types, at)
+
+    @property
+    def _anchor_type(self) -> GGMLQuantizationType | None:
+        anchor = self.sensitivity.anchor
+        return self.tensor.written_type(anchor.at) if anchor and anchor.at is not None else None
+
+    def digest(self, sampling: Sampling, library: bytes) -> str:
+        """Hex digest of all that `sums` depends on."""
+        tensor = self.tensor
+        found = hashlib.sha256(library)
+        found.update(repr((tensor.name, tensor.shape, tensor.qtype.name, sampling)).encode())
+        with tensor.path.open("rb") as file:
+            file.seek(tensor.start)
+            found.update(file.read(min(tensor.n_bytes, _DIGESTED_BYTES)))
+        for array in (self.weights, self.sensitivity.rows, self.sensitivity.columns):
+            found.update(b"none" if array is None else repr(array.shape).encode() + array.tobytes())
+        return found.hexdigest()
+
+    def sums(self, quantizers: Quantizers, types: Sequence[GGMLQuantizationType], sampling: Sampling) -> Sums:
+        """Weighted squared error of the whole tensor at each type, and its energy, by name."""
+        tensor, n_rows = self.tensor, rows_of_matrix(self.tensor)
+        importance = self._row_weights()
+        seed = int.from_bytes(hashlib.sha256(f"{sampling.seed} {tensor.name}".encode()).digest()[:8], "little")
+        rows, counts = sampled_rows(importance, sampling.n_rows, np.random.default_rng(seed))
+        factors = counts * importance[rows]
+        columns = self.sensitivity.columns if self.sensitivity.columns is not None else self.weights
+        found = dict.fromkeys((_ENERGY, *(qtype.name for qtype in types)), 0.0)
+        for matrix, picked in _chunks(rows, n_rows):
+            values = read_rows(tensor, rows[picked])
+            column = np.ones(tensor.row_length, np.float32) if columns is None else columns[matrix]
+            weights = None if self.weights is None else self.weights[matrix]
+            found[_ENERGY] += float(factors[picked] @ (values * values @ column))
+            for qtype in types:
+                try:
+                    difference = quantizers.round_trip(values, qtype, weights) - values
+                except ValueError as error:
+                    raise InputError(f"tensor {tensor.name}: {error}") from error
+                found[qtype.name] += float(factors[picked] @ (difference * difference @ column))
+        return found
+
+    def rows(self, sums: Sums) -> list[ErrorRow]:
+        """Rows of the table from `sums`."""
+        return [
+            ErrorRow(self.tensor.name, qtype, self.tensor.bytes_as(qtype), self._scaled(sums[qtype.name], sums))
+            for qtype in self.types
+        ]
+
+    def _scaled(self, error: float, sums: Sums) -> float:
+        anchor = self.sensitivity.anchor
+        if anchor is None or error == 0:
+            return error
+        at = self._anchor_type
+        reference = sums[_ENERGY if at is None else at.name]
+        if not reference > 0:
+            raise InputError(
+                f"tensor {self.tensor.name}: loses nothing at {at.name if at else 'all'}, cannot be scaled"
+            )
+        return anchor.nats * error / reference
+
+    def _row_weights(self) -> Doubles:
+        n_rows = self.tensor.n_elements // self.tensor.row_length
+        rows = self.sensitivity.rows
+        return np.ones(n_rows) if rows is None else rows.reshape(n_rows).astype(np.float64)
+
+
+class _Cache:
+    """Sums by tensor in a file of JSON lines; without a file, nothing is kept."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path, self._lock = path, threading.Lock()
+        self._known: dict[tuple[str, str], Sums] = {}
+        if path is not None:
+            self._load(path)
+
+    def get(self, tensor: str, digest: str) -> Sums:
+        return self._known.get((tensor, digest), {})
+
+    def add(self, tensor: str, digest: str, sums: Sums) -> None:
+        with self._lock:
+            self._known[tensor, digest] = sums
+            if self._path is not None:
+                with self._path.open("a") as file:
+                    file.write(json.dumps({"tensor": tensor, "digest": digest, "sums": sums}) + "\n")
+
+    def _load(self, path: Path) -> None:
+        header = json.dumps(_HEADER) + "\n"
+        if not path.exists():
+            path.write_text(header)
+        content = path.read_bytes()
+        if not content.startswith(header.encode()):
+            raise InputError(f"{path.name}: exists and is not a cache of measured errors")
+        complete = content[: content.rindex(b"\n") + 1]
+        if len(complete) < len(content):
+            with path.open("r+b") as file:
+                file.truncate(len(complete))
+        for line in complete.splitlines()[1:]:
+            try:
+                entry = json.loads(line)
+                self._known[entry["tensor"], entry["digest"]] = entry["sums"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{path.name}: damaged: {line[:60]!r}; remove it to measure again") from error
+
+
+def _check(inventory: Inventory, imatrix: Imatrix | None) -> None:
+    if inventory.header_only:
+        raise InputError(f"{inventory.path.name}: holds no weights, only a header: its errors cannot be measured")
+    for tensor in inventory.tensors.values():
+        if not tensor.kept_because and tensor.qtype not in FLOAT_TYPES:
+            raise InputError(f"tensor {tensor.name} is {tensor.qtype.name}, expected F32, F16 or BF16")
+    if imatrix is not None:
+        imatrix.matches(inventory)
+
+
+def _imatrix_weights(tensor: Tensor, imatrix: Imatrix | None) -> Floats | None:
+    entry = imatrix.entries.get(tensor.name) if imatrix else None
+    shape = (tensor.n_matrices, tensor.row_length)
+    # Another size is only let through for embeddings, and there llama-quantize does without.
+    return entry.weights.reshape(shape) if entry is not None and entry.sums.size == shape[0] * shape[1] else None
+
+
+def _chunks(rows: Integers, n_rows: int) -> Iterator[tuple[int, slice]]:
+    """(matrix, slice of `rows`): ascending rows cut where the matrix changes, and to a size that fits in caches."""
+    for matrix in np.unique(rows // n_rows):
+        start, end = np.searchsorted(rows, (matrix * n_rows, (matrix + 1) * n_rows))
+        for first in range(start, end, _CHUNK_ROWS):
+            yield int(matrix), slice(first, min(first + _CHUNK_ROWS, end))
