@@ -1,17 +1,18 @@
 """The recipes: the published rules on real shapes, their scores on weights and imatrices, the registry."""
 
+import subprocess
 from collections import Counter
 
 import numpy as np
 import pytest
 from gemma4q_kernels.ggml import QUANTIZABLE_TYPES, GGMLQuantizationType, type_name
 from gguf_files import REAL_31B, gemma4_metadata, moe_26b_a4b, real_31b, write_gguf
-from llama_quantize import imatrix_of, small_model
+from llama_quantize import imatrix_of, small_model, types_of_dry_run
 
 from gguf_mixed.errors import InputError
 from gguf_mixed.imatrix import Imatrix, ImatrixEntry
 from gguf_mixed.overrides import override_table
-from gguf_mixed.quantize import Job
+from gguf_mixed.quantize import Job, build_command
 from gguf_mixed.recipes import RECIPES, Material, find_recipe
 from gguf_mixed.recipes.contribdynamic import TIERS, layer_importance, split_layers
 from gguf_mixed.recipes.rank15 import mean_abs
@@ -177,3 +178,21 @@ def test_a_stock_mix_that_llama_quantize_refuses(llama_quantize, tmp_path):
     path.write_bytes(b"GGUF")
     with pytest.raises(InputError, match="recipe stock-q6_k: llama-quantize --dry-run tells no types: "):
         find_recipe("stock-q6_k")(Material(inventory))
+
+
+@pytest.mark.parametrize("name", ["rank15", "cd-q4_k_m"])
+@pytest.mark.parametrize("model", ["26B-A4B", "31B"])
+def test_llama_quantize_would_write_the_plan_for_real_shapes(llama_quantize, tmp_path, name, model):
+    if model == "31B" and not REAL_31B.exists():
+        pytest.skip(f"{REAL_31B.name} is not here")
+    real = {"26B-A4B": (moe_26b_a4b, (30, 2816, 2112, 128)), "31B": (real_31b, (60, 5376, 21504))}
+    listed, shape = real[model]
+    inventory = read_inventory(write_gguf(tmp_path / "real.gguf", listed(), gemma4_metadata(*shape)))
+    planned, _ = job(inventory, name, imatrix(inventory, lambda tensor: 1 + (tensor.layer or 0)))
+    (tmp_path / "table.txt").write_text(planned.table.text)
+    command = build_command(llama_quantize, planned, tmp_path / "table.txt", tmp_path / "out.gguf", threads=1)
+    finished = subprocess.run([command[0], "--dry-run", *command[1:]], capture_output=True, text=True, check=True)
+    log = finished.stdout + finished.stderr
+    assert types_of_dry_run(log) == planned.written
+    assert f"quant size  = {planned.tensor_bytes / 2**20:8.2f} MiB" in log
+    assert "falling back" not in log and not (tmp_path / "out.gguf").exists()
