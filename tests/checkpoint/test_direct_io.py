@@ -1,5 +1,6 @@
 """Reading and writing past the page cache: the same bytes at any offset, length and file system."""
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm_gemma4q.checkpoint.direct_io import DirectReader, DirectWriter, aligned_buffer, fits
+from vllm_gemma4q.checkpoint.hashing import HashingReader
 from vllm_gemma4q.errors import InputError
 
 CONTENT = bytes(range(251)) * 400  # 100,400 bytes: no multiple of any block size
@@ -52,6 +54,17 @@ def test_any_pieces_are_written(file, sizes):
     writer.sync()
     writer.close()
     assert file.read_bytes() == b"".join(pieces)
+
+
+def test_hash_covers_what_is_skipped_and_counts_nothing_twice(tmp_path):
+    content = os.urandom(5_000_003)
+    (tmp_path / "file").write_bytes(content)
+    reader = HashingReader(tmp_path / "file")
+    buffer = aligned_buffer(1000)
+    for start, stop in [(10, 900), (3_000_001, 3_000_777), (3_000_500, 3_001_000), (10, 500)]:
+        assert bytes(reader.read(start, stop, buffer)) == content[start:stop]
+    assert reader.finish() == hashlib.sha256(content).hexdigest()
+    reader.close()
 
 
 def test_buffers_say_what_fits():

@@ -10,7 +10,6 @@ block would cost more in page faults than the arithmetic does.
 """
 
 import contextlib
-import hashlib
 import math
 import mmap
 import queue
@@ -22,9 +21,10 @@ from pathlib import Path
 
 import torch
 
-from vllm_gemma4q.checkpoint.direct_io import DirectReader, aligned_buffer, fits
+from vllm_gemma4q.checkpoint.direct_io import aligned_buffer, fits
+from vllm_gemma4q.checkpoint.hashing import HashingReader, HashingWriter
 from vllm_gemma4q.checkpoint.header import DTYPE_BYTES, TensorInfo, write_header
-from vllm_gemma4q.checkpoint.run import HashingFile, Run
+from vllm_gemma4q.checkpoint.run import Run
 from vllm_gemma4q.errors import InputError
 
 Transform = Callable[[torch.Tensor, Sequence[torch.Tensor]], object]
@@ -116,9 +116,9 @@ def rewrite(shards: Sequence[Shard], run: Run, progress: Progress) -> dict[str, 
         InputError: a transform refused a block, a source file changed its size, or the target cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        files: dict[Path, _SourceFile] = {}
+        files: dict[Path, HashingReader] = {}
         for path in sorted({step.source.path for shard in shards for step in shard.steps}):
-            files[path] = _SourceFile(path)
+            files[path] = HashingReader(path)
             stack.callback(files[path].close)
         stack.enter_context(_one_torch_thread())
         reader = stack.enter_context(ThreadPoolExecutor(1, "reader"))
@@ -181,7 +181,7 @@ class _Pipeline:
         self,
         reader: ThreadPoolExecutor,
         writer: ThreadPoolExecutor,
-        files: "Mapping[Path, _SourceFile]",
+        files: Mapping[Path, HashingReader],
         progress: Progress,
     ):
         self._reader, self._writer = reader, writer
@@ -190,7 +190,7 @@ class _Pipeline:
         for _ in range(_BUFFERS):
             self._buffers.put(aligned_buffer(BLOCK_BYTES))
 
-    def write(self, shard: Shard, output: HashingFile) -> None:
+    def write(self, shard: Shard, output: HashingWriter) -> None:
         """Write a shard's header and tensors; returns when all bytes are with the operating system."""
         tensors = [(tensor.name, tensor.dtype, tensor.shape) for step in shard.steps for tensor in step.outputs]
         output.write(write_header(tensors))
@@ -243,7 +243,7 @@ class _Pipeline:
         buffer = _at_least(block.stop - block.start, self._buffers.get())
         return block, self._files[block.step.source.path].read(block.start, block.stop, buffer), buffer
 
-    def _write(self, output: HashingFile, chunks: list[memoryview | bytes], buffer: mmap.mmap) -> None:
+    def _write(self, output: HashingWriter, chunks: list[memoryview | bytes], buffer: mmap.mmap) -> None:
         try:
             for chunk in chunks:
                 output.write(chunk)
@@ -272,35 +272,3 @@ def _outputs(
         for (start, stop), output, shape in zip(spans, outputs, shapes, strict=True)
     ]
     return buffer, spans, tensors
-
-
-class _SourceFile:
-    """One source file, read in ranges and hashed on the way; what a plan skips is read for the hash alone."""
-
-    def __init__(self, path: Path):
-        self._reader = DirectReader(path)
-        self._sha256 = hashlib.sha256()
-        self._hashed = 0
-
-    def read(self, start: int, stop: int, buffer: mmap.mmap) -> memoryview:
-        """The bytes from `start` to `stop`, in `buffer`."""
-        self._hash_up_to(start, buffer)
-        data = self._reader.read(start, stop, buffer)
-        if stop > self._hashed:
-            self._sha256.update(data[self._hashed - start :])
-            self._hashed = stop
-        return data
-
-    def finish(self) -> str:
-        """SHA-256 of the whole file."""
-        self._hash_up_to(self._reader.size, aligned_buffer(BLOCK_BYTES))
-        return self._sha256.hexdigest()
-
-    def close(self) -> None:
-        self._reader.close()
-
-    def _hash_up_to(self, position: int, buffer: mmap.mmap) -> None:
-        while self._hashed < position:
-            stop = min(self._hashed + BLOCK_BYTES, position)
-            self._sha256.update(self._reader.read(self._hashed, stop, buffer))
-            self._hashed = stop

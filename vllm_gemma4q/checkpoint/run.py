@@ -9,7 +9,6 @@ So a kill at any moment leaves a folder that the same command completes, with th
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -20,6 +19,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from vllm_gemma4q.checkpoint.direct_io import DirectWriter
+from vllm_gemma4q.checkpoint.hashing import HashingWriter
 from vllm_gemma4q.checkpoint.header import read_json
 from vllm_gemma4q.errors import InputError
 
@@ -100,13 +100,13 @@ class Run:
             raise InputError(f"{self.target}: disk has {free:,} bytes free, output needs {needed:,}")
 
     @contextlib.contextmanager
-    def writing(self, name: str) -> Iterator["HashingFile"]:
+    def writing(self, name: str) -> Iterator[HashingWriter]:
         """Write one file: under a temporary name, fsynced, renamed, recorded in `finished`."""
         partial = self.target / (name + _PARTIAL)
         with _as_input_error(self.target / name):
             try:
                 with contextlib.closing(DirectWriter(partial)) as writer:
-                    hashing = HashingFile(writer)
+                    hashing = HashingWriter(writer)
                     yield hashing
                     writer.sync()
             except BaseException:
@@ -184,20 +184,6 @@ class Run:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-
-
-class HashingFile:
-    """A file being written, with the SHA-256 of what has been written so far."""
-
-    def __init__(self, writer: DirectWriter):
-        self._writer = writer
-        self.n_bytes = 0
-        self.sha256 = hashlib.sha256()
-
-    def write(self, data: bytes | memoryview) -> None:
-        self.sha256.update(data)
-        self._writer.write(data)
-        self.n_bytes += len(data)
 
 
 def _changed_keys(before: Any, after: Mapping[str, Any]) -> str:
