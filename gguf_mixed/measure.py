@@ -5,15 +5,12 @@ summed under the sensitivity's rows and columns (see `sensitivity`), scaled up t
 of all matrices in file order are cut into `n_rows` parts of equal sensitivity, and one row is drawn from each; a row
 counts with one over its chance, so the sum is unbiased. Tensors with no more rows than that are measured in full.
 
-Results are kept tensor by tensor in a cache file, one JSON line each, under a digest of all that they depend on:
-weights (shape, type, first bytes), imatrix, sensitivity, sampling and library. A line that was cut off is measured
-again.
-Not done: sources that are already quantized, and two processes writing one cache file.
+Results are kept tensor by tensor in an `ErrorCache` under a digest of all that they depend on: weights (shape, type,
+first bytes), imatrix, sensitivity, sampling and library. Not done: sources that are already quantized.
 """
 
 import hashlib
-import json
-import threading
+import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,23 +19,23 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from gemma4q_kernels.ggml import FLOAT_TYPES, GGMLQuantizationType, row_bytes
-from gemma4q_kernels.ggml.quantize import Quantizers
+from gemma4q_kernels.ggml.quantize import Quantizers, find_library
 from tqdm import tqdm
 
+from gguf_mixed.error_cache import ErrorCache, Sums
 from gguf_mixed.error_table import ErrorRow, ErrorTable
 from gguf_mixed.errors import InputError
 from gguf_mixed.imatrix import Imatrix
+from gguf_mixed.llama_cpp import cache_folder
 from gguf_mixed.sensitivity import Sensitivity, TensorSensitivity, rows_of_matrix
 from gguf_mixed.tensors import Inventory, Tensor
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
-Sums = dict[str, float]
 
 N_ROWS = 256
 _ENERGY = "energy"  # beside the types: the same sum of the weights themselves
-_HEADER = {"gguf-mixed error cache": 1}
 _DIGESTED_BYTES = 65536
 _CHUNK_ROWS = 256
 
@@ -49,6 +46,22 @@ class Sampling:
 
     n_rows: int = N_ROWS
     seed: int = 0
+
+
+def load_quantizers(folder: Path | None = None) -> Quantizers:
+    """The quantizers of the llama.cpp in use: that of `folder` and nothing else, or else of the llama-quantize on PATH,
+    the cache folder, or a wheel that ships them.
+
+    Raises:
+        InputError: there is no library, or not one that can be used.
+    """
+    on_path = shutil.which("llama-quantize")
+    beside = [Path(on_path).resolve().parent] if on_path else []
+    try:
+        found = find_library([folder] if folder else [*beside, cache_folder()], wheels=folder is None)
+        return Quantizers(found)
+    except OSError as error:
+        raise InputError(str(error)) from error
 
 
 def measure(
@@ -84,7 +97,7 @@ def measure(
     _check(inventory, imatrix)
     allowed = set(quantizers.types) & set(types if types is not None else quantizers.types)
     tensors = [tensor for tensor in inventory.tensors.values() if not tensor.kept_because]
-    kept = _Cache(cache)
+    kept = ErrorCache(cache)
     library = hashlib.sha256(quantizers.library.read_bytes()).digest()
 
     def rows(tensor: Tensor) -> list[ErrorRow]:
@@ -232,44 +245,6 @@ class _Job:
         n_rows = self.tensor.n_elements // self.tensor.row_length
         rows = self.sensitivity.rows
         return np.ones(n_rows) if rows is None else rows.reshape(n_rows).astype(np.float64)
-
-
-class _Cache:
-    """Sums by tensor in a file of JSON lines; without a file, nothing is kept."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._path, self._lock = path, threading.Lock()
-        self._known: dict[tuple[str, str], Sums] = {}
-        if path is not None:
-            self._load(path)
-
-    def get(self, tensor: str, digest: str) -> Sums:
-        return self._known.get((tensor, digest), {})
-
-    def add(self, tensor: str, digest: str, sums: Sums) -> None:
-        with self._lock:
-            self._known[tensor, digest] = sums
-            if self._path is not None:
-                with self._path.open("a") as file:
-                    file.write(json.dumps({"tensor": tensor, "digest": digest, "sums": sums}) + "\n")
-
-    def _load(self, path: Path) -> None:
-        header = json.dumps(_HEADER) + "\n"
-        if not path.exists():
-            path.write_text(header)
-        content = path.read_bytes()
-        if not content.startswith(header.encode()):
-            raise InputError(f"{path.name}: exists and is not a cache of measured errors")
-        complete = content[: content.rindex(b"\n") + 1]
-        if len(complete) < len(content):
-            with path.open("r+b") as file:
-                file.truncate(len(complete))
-        for line in complete.splitlines()[1:]:
-            try:
-                entry = json.loads(line)
-                self._known[entry["tensor"], entry["digest"]] = entry["sums"]
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{path.name}: damaged: {line[:60]!r}; remove it to measure again") from error
 
 
 def _check(inventory: Inventory, imatrix: Imatrix | None) -> None:

@@ -144,3 +144,5 @@ def test_a_missing_library_is_looked_for(tmp_path):
     assert find_library([tmp_path / "none", tmp_path]) == tmp_path / "bin" / "libggml-base.so"
     with pytest.raises(OSError, match="libggml-base"):
         Quantizers(tmp_path / "bin" / "libggml-base.so")
+    with pytest.raises(FileNotFoundError, match="not in .*none$"):
+        find_library([tmp_path / "none"], wheels=False)

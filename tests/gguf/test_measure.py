@@ -5,15 +5,15 @@ import json
 import numpy as np
 import pytest
 from gemma4q_kernels.ggml import GGMLQuantizationType
-from gemma4q_kernels.ggml.quantize import Quantizers, find_library
 from gguf import quants
 from gguf_files import BF16, F32, small_moe, write_gguf
 from llama_quantize import imatrix_of
 from tolerances import SAMPLED_ERROR_MEAN, SAMPLED_ERROR_RMS, WEIGHTED_ERROR
 
+from gguf_mixed.error_cache import ErrorCache
 from gguf_mixed.errors import InputError
 from gguf_mixed.imatrix import Imatrix, ImatrixEntry
-from gguf_mixed.measure import Sampling, measure, read_rows, sampled_rows
+from gguf_mixed.measure import Sampling, load_quantizers, measure, read_rows, sampled_rows
 from gguf_mixed.sensitivity import Anchor, Sensitivity, TensorSensitivity, role_prior, uniform
 from gguf_mixed.tensors import read_inventory
 
@@ -24,7 +24,7 @@ MANY = "blk.0.ffn_up.weight"
 
 @pytest.fixture(scope="module")
 def quantizers(llama_quantize):
-    return Quantizers(find_library([llama_quantize.parent]))
+    return load_quantizers(llama_quantize.parent)
 
 
 @pytest.fixture(scope="module")
@@ -219,3 +219,17 @@ def test_refusals(quantizers, moe, tmp_path):
     zeros = read_inventory(write_gguf(tmp_path / "z.gguf", [(PLAIN, (256, 8), F32)]))
     np.memmap(zeros.path, np.float32, "r+", zeros.tensors[PLAIN].start, (2048,))[9] = np.nan
     assert f"tensor {PLAIN}: rows hold values that are not finite" in refusal(quantizers, zeros)
+
+
+def test_a_named_folder_without_the_library_is_refused(tmp_path):
+    with pytest.raises(InputError, match=f"not in {tmp_path}$"):
+        load_quantizers(tmp_path)
+
+
+def test_a_damaged_cache_is_refused(tmp_path):
+    path = tmp_path / "errors.jsonl"
+    ErrorCache(path).add("a", "1", {"Q8_0": 0.5})
+    assert ErrorCache(path).get("a", "1") == {"Q8_0": 0.5} and ErrorCache(path).get("a", "2") == {}
+    path.write_text(path.read_text() + "{}\n")
+    with pytest.raises(InputError, match="damaged: b'{}'; remove it"):
+        ErrorCache(path)

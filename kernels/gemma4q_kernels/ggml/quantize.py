@@ -44,22 +44,26 @@ class _TypeTraits(ctypes.Structure):
     )
 
 
-def find_library(folders: Iterable[Path]) -> Path:
+def find_library(folders: Iterable[Path], wheels: bool = True) -> Path:
     """Path of libggml-base: in the first of `folders` that has it, else in an installed wheel that ships it.
 
     Args:
         folders: llama.cpp checkouts, their build folders, or the folders of their programs.
+        wheels: whether to look in installed wheels at all.
 
     Raises:
         FileNotFoundError: not there; says where it was looked for.
     """
+    folders = list(folders)
     searched = [folder / subfolder for folder in folders for subfolder in _SUBFOLDERS]
-    for folder in (*searched, *_wheel_folders()):
+    for folder in searched + (_wheel_folders() if wheels else []):
         for name in LIBRARY_NAMES:
             if (folder / name).is_file():
                 return folder / name
-    places = ", ".join(str(folder) for folder in searched if not folder.name.startswith("bin")) or "no folder"
-    raise FileNotFoundError(f"{LIBRARY_NAMES[0]}: not in {places}, nor in a wheel ({', '.join(WHEELS)})")
+    places = [str(folder) for folder in folders]
+    if wheels:
+        places += [f"the package {name}" for name in WHEELS]
+    raise FileNotFoundError(f"{LIBRARY_NAMES[0]}: not in {', '.join(places)}")
 
 
 class Quantizers:
