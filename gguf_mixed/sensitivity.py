@@ -104,7 +104,8 @@ def uniform() -> Sensitivity:
 
 # Extra bits that llama.cpp's Q3_K_M and Q4_K_M mixes (`llama_tensor_get_type` in src/llama-quant.cpp, b11434) give a
 # role above their base type, mean over the layers of each third and over both mixes. Roles not listed get none.
-#   attn_v    Q4_K_M: Q6_K in the first and last eighth and every third layer between; Q3_K_M: Q4_K, Q5_K in the first 2
+#   attn_v    Q4_K_M: Q6_K in the first and last eighth and every third layer between; Q3_K_M: Q4_K (its first two
+#             layers get Q5_K, left out here: two layers are not a share of the depth)
 #   ffn_down  Q4_K_M: the same; Q3_K_M: Q4_K, Q5_K in the first sixteenth
 #   attn_output  Q3_K_M: Q4_K;   embeddings and output  Q6_K in both
 _EXTRA_BITS = {
