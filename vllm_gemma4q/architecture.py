@@ -52,7 +52,7 @@ class Role(StrEnum):
 
 LINEAR_ROLES = frozenset({Role.ATTENTION, Role.MLP, Role.EXPERTS, Role.PER_LAYER_INPUT})
 
-_LAYER = re.compile(r"^(?:model\.language_model|language_model\.model|model)\.layers\.(?P<index>\d+)\.(?P<rest>.+)$")
+_LAYER = re.compile(r"^(?:model\.language_model|language_model\.model|model)\.layers\.\d+\.(?P<rest>.+)$")
 _TOWERS = (
     (re.compile(r"(?:^|\.)vision_tower\."), Role.VISION),
     (re.compile(r"(?:^|\.)embed_vision\."), Role.EMBED_VISION),
@@ -72,12 +72,6 @@ _TOP_ROLES = (
     (re.compile(r"(?:^|\.)per_layer_model_projection\."), Role.PER_LAYER_INPUT),
     (re.compile(r"norm\.weight$"), Role.NORM),
 )
-
-
-def layer_index(name: str) -> int | None:
-    """Index of the decoder layer that a tensor or module name belongs to, None outside the decoder."""
-    match = _LAYER.match(name)
-    return int(match["index"]) if match else None
 
 
 def role_of(name: str) -> Role:
@@ -133,10 +127,6 @@ class TextArchitecture:
     tie_word_embeddings: bool
     per_layer_input_size: int
     per_layer_input_vocab_size: int
-
-    @property
-    def is_moe(self) -> bool:
-        return self.num_experts is not None
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """Name and shape of every tensor of the language model, in the layout of published BF16 checkpoints."""

@@ -5,11 +5,11 @@ import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from vllm_gemma4q.checkpoint.header import write_header
 from vllm_gemma4q.checkpoint.reader import CONFIG, INDEX, Checkpoint
 from vllm_gemma4q.checkpoint.rewrite import MAX_SHARD_BYTES, Progress, Shard, Step, pack, rewrite
 from vllm_gemma4q.checkpoint.run import MANIFEST, Run
@@ -35,7 +35,7 @@ class Conversion:
     summary: Mapping[str, Any]
     max_shard_bytes: int = MAX_SHARD_BYTES
 
-    @property
+    @cached_property
     def shards(self) -> list[Shard]:
         return pack(self.steps, self.max_shard_bytes)
 
@@ -46,7 +46,7 @@ class Conversion:
     @property
     def output_bytes(self) -> int:
         """Size of all output shards, headers included."""
-        return sum(shard_bytes(shard) for shard in self.shards)
+        return sum(len(shard.header()) + shard.n_bytes for shard in self.shards)
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one it resumes."""
@@ -59,11 +59,6 @@ class Conversion:
             "plan": hashlib.sha256(decided.encode()).hexdigest(),
             "source": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
         }
-
-
-def shard_bytes(shard: Shard) -> int:
-    tensors = [(output.name, output.dtype, output.shape) for step in shard.steps for output in step.outputs]
-    return len(write_header(tensors)) + shard.n_bytes
 
 
 def convert(conversion: Conversion, target: Path, command: Sequence[str], progress: Progress) -> bool:
@@ -102,9 +97,7 @@ def convert(conversion: Conversion, target: Path, command: Sequence[str], progre
 
 
 def _index(shards: Iterable[Shard]) -> dict[str, Any]:
-    weight_map = {
-        output.name: shard.name for shard in shards for step in shard.steps for output in step.outputs
-    }  # fmt: skip
+    weight_map = {output.name: shard.name for shard in shards for output in shard.outputs}
     return {"metadata": {"total_size": sum(shard.n_bytes for shard in shards)}, "weight_map": weight_map}
 
 

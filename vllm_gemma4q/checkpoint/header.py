@@ -42,10 +42,6 @@ class TensorInfo:
     end: int
 
     @property
-    def n_bytes(self) -> int:
-        return self.end - self.start
-
-    @property
     def row_length(self) -> int:
         """Elements in one row, a row being everything behind all axes but the last."""
         return self.shape[-1] if self.shape else 1
@@ -53,10 +49,6 @@ class TensorInfo:
     @property
     def rows(self) -> int:
         return math.prod(self.shape[:-1])
-
-    @property
-    def parameters(self) -> int:
-        return math.prod(self.shape)
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

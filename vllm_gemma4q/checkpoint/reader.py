@@ -25,11 +25,6 @@ class Checkpoint:
     shards: tuple[Path, ...]
     tensors: Mapping[str, TensorInfo]
 
-    @property
-    def n_bytes(self) -> int:
-        """Bytes of all tensors, headers not counted."""
-        return sum(tensor.n_bytes for tensor in self.tensors.values())
-
 
 def open_checkpoint(folder: Path | str) -> Checkpoint:
     """Read a checkpoint's configuration and every shard's header.

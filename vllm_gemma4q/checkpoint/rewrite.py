@@ -87,6 +87,14 @@ class Shard:
     n_bytes: int = 0
     name: str = ""
 
+    @property
+    def outputs(self) -> Iterator[OutputTensor]:
+        return (output for step in self.steps for output in step.outputs)
+
+    def header(self) -> bytes:
+        """What the file starts with; `n_bytes` of tensors follow."""
+        return write_header((output.name, output.dtype, output.shape) for output in self.outputs)
+
 
 def pack(steps: Sequence[Step], max_shard_bytes: int = MAX_SHARD_BYTES) -> list[Shard]:
     """Distribute steps over shards in order; a step is never split, so one larger than a shard stands alone."""
@@ -192,8 +200,7 @@ class _Pipeline:
 
     def write(self, shard: Shard, output: HashingWriter) -> None:
         """Write a shard's header and tensors; returns when all bytes are with the operating system."""
-        tensors = [(tensor.name, tensor.dtype, tensor.shape) for step in shard.steps for tensor in step.outputs]
-        output.write(write_header(tensors))
+        output.write(shard.header())
         blocks = _blocks(shard.steps)
         writes: deque[Future[None]] = deque()
         trailing: list[list[bytes]] = []
