@@ -1,16 +1,28 @@
-"""Finding llama.cpp's programs (llama-quantize, llama-imatrix, llama-perplexity) on this machine.
+"""Finding and running llama.cpp's programs (llama-quantize, llama-imatrix, llama-perplexity) on this machine.
 
 Order: the folder that the user names, and then nothing else; PATH; the cache folder, where
 `environment/build_llama_cpp.py` of the source repository builds them.
+
+What they print goes to two streams, read as one. Builds since 2025 print from a thread that is not awaited at exit
+(`common_log_main` in common/log.cpp says so), so that the last lines of a run are lost now and then: of 30 short runs
+that failed, 2 lacked their error line. Callers therefore check results, not only what was printed.
 """
 
 import os
+import re
 import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gguf_mixed.errors import InputError
 
+Log = Callable[[str], None]
+
 _SUBFOLDERS = ("", "bin", "build/bin")
+_HELP_SECONDS = 60
+_STAMP = re.compile(r"^\d+\.\d+\.\d+\.\d+ ")  # minutes.seconds.milliseconds.microseconds, then a level: I, W, E
 
 
 def cache_folder() -> Path:
@@ -47,3 +59,79 @@ def _in_folder(name: str, folder: Path) -> Path | None:
         if found:
             return Path(found)
     return None
+
+
+def tool_help(tool: Path) -> str:
+    """What a program prints for --help: builds differ, so options are looked up there.
+
+    Raises:
+        InputError: it does not run, or tells nothing.
+    """
+    try:
+        finished = subprocess.run(
+            [tool, "--help"], capture_output=True, text=True, errors="replace", timeout=_HELP_SECONDS, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise InputError(f"{tool}: does not run: {error}") from error
+    text = finished.stdout + finished.stderr
+    if "usage" not in text:
+        raise InputError(f"{tool}: --help tells nothing: {(text.strip().splitlines() or ['no output'])[-1]}")
+    return text
+
+
+def inference_options(tool: Path, threads: int | None) -> list[str]:
+    """Options for every program that runs a model.
+
+    Weights are not repacked where the build knows how to leave that: on processors with AMX, b11434 faults on repacked
+    quantized tensors of Gemma 3.
+    """
+    options = ["--no-repack"] if "--no-repack" in tool_help(tool) else []
+    return options + (["--threads", str(threads)] if threads else [])
+
+
+def run_tool(command: Sequence[str], log: Log) -> list[str]:
+    """Run a program to its end.
+
+    Args:
+        log: gets every line as it is printed, standard output and errors together.
+
+    Returns:
+        All lines. Some programs exit with 0 after an error: see `error_line`.
+
+    Raises:
+        InputError: it does not start, or exits with another status than 0; with its own error line.
+    """
+    name = Path(command[0]).name
+    lines: list[str] = []
+    try:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace"
+        )
+    except OSError as error:
+        raise InputError(f"{name}: does not run: {error}") from error
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            log(lines[-1])
+        status = process.wait()
+    finally:
+        process.kill()
+        process.wait()
+    if status:
+        end = f"exit {status}" if status > 0 else f"killed by {signal.Signals(-status).name}"
+        raise InputError(f"{name}: {end}: {error_line(lines) or last_line(lines)}")
+    return lines
+
+
+def error_line(lines: Sequence[str]) -> str | None:
+    """The first line that tells of an error: of that level, else by its words. Without its time stamp."""
+    messages = [line for line in lines if not line.startswith("llama_model_loader: -")]
+    marked = (_STAMP.sub("", line) for line in messages if _STAMP.match(line))
+    by_level = next((line.removeprefix("E ") for line in marked if line.startswith("E ")), None)
+    return by_level or next((line for line in messages if re.search("fail|error|abort", line, re.I)), None)
+
+
+def last_line(lines: Sequence[str]) -> str:
+    """The last line that is not empty."""
+    return next((line for line in reversed(lines) if line.strip()), "no output")

@@ -1,0 +1,67 @@
+"""An importance matrix of a model and a text, by the real llama-imatrix, checked against the model.
+
+Not done: continuing an earlier one (`llama-imatrix --in-file`), the legacy format.
+"""
+
+from pathlib import Path
+
+from gguf_mixed.errors import InputError
+from gguf_mixed.imatrix import Imatrix
+from gguf_mixed.imatrix_gguf import read_imatrix
+from gguf_mixed.llama_cpp import Log, error_line, inference_options, run_tool
+from gguf_mixed.tensors import read_inventory
+
+DEFAULT_CONTEXT = 512
+
+
+def compute_imatrix(
+    tool: Path,
+    model: Path,
+    text: Path,
+    output: Path,
+    *,
+    chunks: int,
+    context: int = DEFAULT_CONTEXT,
+    threads: int | None = None,
+    process_output: bool = False,
+    parse_special: bool = False,
+    log: Log = lambda line: None,
+) -> Imatrix:
+    """Run a model over the start of a text; `output` appears only when it is complete.
+
+    Args:
+        tool: llama-imatrix.
+        model: GGUF; of a split one, the first file.
+        text: UTF-8.
+        chunks: how many of `context` tokens. The text must hold so many, and at least two.
+        process_output: also for the output tensor, which is the embeddings where these are tied.
+        parse_special: read `<|turn>` and the like as control tokens: for text in the chat format.
+        log: gets every line printed.
+
+    Raises:
+        InputError: too little text, llama-imatrix fails or knows no such option, or its file does not fit the model.
+    """
+    if chunks < 1 or context < 1:
+        raise InputError(f"{chunks} chunks of {context} tokens: at least one of each is needed")
+    inventory = read_inventory(model)
+    partial = output.with_name(output.name + ".partial.gguf")  # some builds choose the format by this ending
+    command = [str(tool), "-m", str(model), "-f", str(text), "-o", str(partial), "--chunks", str(chunks), "--no-ppl"]
+    command += ["--ctx-size", str(context), "--batch-size", str(context)]
+    command += ["--process-output"] if process_output else []
+    command += ["--parse-special"] if parse_special else []
+    command += inference_options(tool, threads)
+    try:
+        lines = run_tool(command, log)
+        if not partial.exists():
+            raise InputError(f"llama-imatrix: wrote nothing: {error_line(lines) or 'no error printed'}")
+        imatrix = read_imatrix(partial)
+        imatrix.matches(inventory)
+        if imatrix.chunk_count != chunks:
+            raise InputError(
+                f"{text.name}: too small: {imatrix.chunk_count} chunks of {context} tokens, asked were {chunks}"
+            )
+        partial.replace(output)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return imatrix
