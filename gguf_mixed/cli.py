@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from gguf_mixed.commands import imatrix, inspect, modelfile, plan, quantize, verify
+from gguf_mixed.commands import fisher, imatrix, inspect, modelfile, plan, quantize, verify
 from gguf_mixed.errors import InputError
 
 EXIT_BAD_INPUT = 2
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command("inspect")(inspect.command)
 app.command("imatrix")(imatrix.command)
+app.command("fisher")(fisher.command)
 app.command("plan")(plan.command)
 app.command("quantize")(quantize.command)
 app.command("verify")(verify.command)

@@ -82,7 +82,7 @@ def measure(
         quantizers: of the library that will write the file.
         sensitivity: turns squared errors into one unit.
         imatrix: weights for the quantizers, and for columns where the sensitivity has none.
-        types: only these, None for all.
+        types: only these, or what llama-quantize writes in their place where rows do not fit; None for all.
         sampling: which rows.
         threads: tensors measured at once; each holds a few hundred rows.
         cache: file that keeps results; made where it is missing.
@@ -95,13 +95,13 @@ def measure(
             another model, a file that is not such a cache, or a tensor that no type is left for.
     """
     _check(inventory, imatrix)
-    allowed = set(quantizers.types) & set(types if types is not None else quantizers.types)
+    asked = quantizers.types if types is None else types
     tensors = [tensor for tensor in inventory.tensors.values() if not tensor.kept_because]
     kept = ErrorCache(cache)
     library = hashlib.sha256(quantizers.library.read_bytes()).digest()
 
     def rows(tensor: Tensor) -> list[ErrorRow]:
-        job = _Job.of(tensor, sensitivity, imatrix, allowed)
+        job = _Job.of(tensor, sensitivity, imatrix, asked, quantizers.types)
         digest = job.digest(sampling, library)
         known = kept.get(tensor.name, digest)
         missing = [qtype for qtype in job.measured_types if qtype.name not in known]
@@ -166,12 +166,13 @@ class _Job:
         tensor: Tensor,
         sensitivity: Sensitivity,
         imatrix: Imatrix | None,
-        allowed: set[GGMLQuantizationType],
+        asked: Sequence[GGMLQuantizationType],
+        known: Sequence[GGMLQuantizationType],
     ) -> "_Job":
         found = sensitivity.of(tensor)
         found.check(tensor)
         weights = _imatrix_weights(tensor, imatrix)
-        possible = (qtype for qtype in tensor.legal_types if qtype in allowed)
+        possible = (qtype for qtype in tensor.written_for(asked) if qtype in known)
         types = tuple(qtype for qtype in possible if weights is not None or not tensor.requires_imatrix(qtype))
         if not types:
             raise InputError(f"tensor {tensor.name}: none of the types asked for can store rows of {tensor.row_length}")

@@ -26,7 +26,12 @@ def sidecar_path(table: Path) -> Path:
 
 
 def describe(
-    job: Job, requested: RequestedTypes, recipe: str, arguments: Mapping[str, object], sensitivity: str
+    job: Job,
+    requested: RequestedTypes,
+    recipe: str,
+    arguments: Mapping[str, object],
+    sensitivity: str,
+    divergence: float | None = None,
 ) -> dict[str, Any]:
     """The sidecar's content.
 
@@ -35,6 +40,7 @@ def describe(
         recipe: of the recipe or the solver that chose them.
         arguments: given to it, and what it says of its choice.
         sensitivity: where the cost of an error in one tensor against another comes from.
+        divergence: expected, in nats a token, where that sensitivity was measured.
     """
     inventory = job.inventory
     return {
@@ -52,7 +58,12 @@ def describe(
         "recipe": recipe,
         "arguments": dict(arguments),
         "sensitivity": sensitivity,
-        "predicted": {"file_bytes": job.file_bytes, "tensor_bytes": job.tensor_bytes, "bpw": job.bpw},
+        "predicted": {
+            "file_bytes": job.file_bytes,
+            "tensor_bytes": job.tensor_bytes,
+            "bpw": job.bpw,
+            "divergence": divergence,
+        },
         "file_type": job.file_type,
         "fallbacks": fallbacks(job, requested),
         "types": {name: type_name(qtype) for name, qtype in job.written.items()},

@@ -32,13 +32,11 @@ class Constraints:
         floors: pattern -> the least bits a weight its tensors may have.
         uniform: patterns whose groups name a unit: tensors with equal groups get one type
             (`^blk\\.(\\d+)\\.attn_[qkv]` binds q, k and v of each layer). The first that matches counts.
-        types: the only types allowed, None for all.
     """
 
     pins: Mapping[str, GGMLQuantizationType] = field(default_factory=dict)
     floors: Mapping[str, float] = field(default_factory=dict)
     uniform: Sequence[str] = ()
-    types: frozenset[GGMLQuantizationType] | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +54,16 @@ class Assignment:
     gap: float
 
 
+class BudgetError(InputError):
+    """The budget is below the least that the tensors can take; `least` and `most` are bytes."""
+
+    def __init__(self, budget: int, least: int, most: int) -> None:
+        super().__init__(
+            f"budget: got {budget:,} bytes, expected {least:,} (the least possible) to {most:,} (the most)"
+        )
+        self.least, self.most = least, most
+
+
 @dataclass(frozen=True)
 class _Option:
     """One type for one unit of tensors."""
@@ -69,20 +77,30 @@ def solve(table: ErrorTable, budget: int, constraints: Constraints | None = None
     """The assignment of least total error whose tensors take at most `budget` bytes.
 
     Raises:
-        InputError: no type is left for a tensor, or the budget is below the least possible (both are named).
+        BudgetError: the budget is below the least possible.
+        InputError: no type is left for a tensor, or a pattern is not a regular expression or matches no tensor.
     """
     constraints = constraints or Constraints()
+    _check_patterns(table, constraints)
     units = _units(table, constraints)
     options = {unit: _undominated(_options(table, tensors, constraints)) for unit, tensors in units.items()}
     least = sum(choices[0].n_bytes for choices in options.values())
     most = sum(choices[-1].n_bytes for choices in options.values())
     if budget < least:
-        raise InputError(
-            f"budget: got {budget:,} bytes, expected {least:,} (the least possible) to {most:,} (the most)"
-        )
+        raise BudgetError(budget, least, most)
     chosen, gap = _choose(list(options.values()), budget)
     types = {tensor: option.qtype for tensors, option in zip(units.values(), chosen, strict=True) for tensor in tensors}
     return Assignment(types, sum(o.n_bytes for o in chosen), float(sum(o.error for o in chosen)), gap)
+
+
+def _check_patterns(table: ErrorTable, constraints: Constraints) -> None:
+    for pattern in (*constraints.pins, *constraints.floors, *constraints.uniform):
+        try:
+            found = any(re.search(pattern, tensor) for tensor in table.by_tensor)
+        except re.error as error:
+            raise InputError(f"pattern {pattern}: not a regular expression: {error}") from error
+        if not found:
+            raise InputError(f"pattern {pattern}: matches no tensor")
 
 
 def _units(table: ErrorTable, constraints: Constraints) -> dict[object, list[str]]:
@@ -115,13 +133,11 @@ def _allowed(table: ErrorTable, tensor: str, constraints: Constraints) -> list[E
             raise InputError(f"tensor {tensor}: pinned to {pinned.name}, which the error table does not have for it")
         return list(rows)
     floor = max((bits for pattern, bits in constraints.floors.items() if re.search(pattern, tensor)), default=0.0)
-    kept = [
-        row
-        for row in rows
-        if bits_per_weight(row.qtype) >= floor and (constraints.types is None or row.qtype in constraints.types)
-    ]
+    kept = [row for row in rows if bits_per_weight(row.qtype) >= floor]
     if not kept:
-        raise InputError(f"tensor {tensor}: no type is left of {', '.join(row.qtype.name for row in rows)}")
+        raise InputError(
+            f"tensor {tensor}: none of {', '.join(row.qtype.name for row in rows)} has the {floor:g} bits of the floor"
+        )
     return kept
 
 

@@ -5,9 +5,10 @@ Rules are those of llama.cpp's src/llama-quant.cpp (b11434): `tensor_allows_quan
 `--prune-layers`, `--keep-split`, and the types that a stock mix chooses (a plan names every tensor instead).
 """
 
+import contextlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -117,6 +118,17 @@ class Tensor:
         if written != self.qtype and self.qtype not in QUANTIZABLE_TYPES:
             raise InputError(f"tensor {self.name}: llama-quantize cannot convert {self.qtype.name}")
         return written
+
+    def written_for(self, requested: Sequence[GGMLQuantizationType]) -> tuple[GGMLQuantizationType, ...]:
+        """The types in the output when each of `requested` is asked for, smallest first; those that stop are left out.
+
+        Every legal type is its own, so asking for all gives `legal_types`.
+        """
+        written = set()
+        for qtype in requested:
+            with contextlib.suppress(NoFallbackError):
+                written.add(fallback(qtype, self.row_length))
+        return tuple(qtype for qtype in self.legal_types if qtype in written)
 
     def bytes_as(self, requested: GGMLQuantizationType) -> int:
         """Bytes in the output, without alignment, when `requested` is asked for."""

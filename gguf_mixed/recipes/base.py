@@ -6,7 +6,8 @@ from pathlib import Path
 
 from gguf_mixed.errors import InputError
 from gguf_mixed.imatrix import Imatrix
-from gguf_mixed.tensors import EMBEDDINGS, OUTPUT, Inventory, RequestedTypes, Tensor
+from gguf_mixed.imatrix_gguf import read_imatrix
+from gguf_mixed.tensors import EMBEDDINGS, OUTPUT, Inventory, RequestedTypes, Tensor, read_inventory
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,19 @@ class Material:
     imatrix_path: Path | None = None
     llama_cpp: Path | None = None
 
+    @classmethod
+    def read(cls, model: Path, imatrix: Path | None = None, llama_cpp: Path | None = None) -> "Material":
+        """Read a model's header and an imatrix, and check that they belong together.
+
+        Raises:
+            InputError: see `read_inventory`, `read_imatrix` and `Imatrix.matches`.
+        """
+        inventory = read_inventory(model)
+        loaded = None if imatrix is None else read_imatrix(imatrix)
+        if loaded is not None:
+            loaded.matches(inventory)
+        return cls(inventory, loaded, imatrix, llama_cpp)
+
     def require_imatrix(self, recipe: str) -> Imatrix:
         """The imatrix.
 
@@ -36,10 +50,16 @@ class Material:
 
 @dataclass(frozen=True)
 class Choice:
-    """Requested types of all quantizable tensors, and what the sidecar should say of how they came about."""
+    """Requested types of all quantizable tensors.
+
+    Attributes:
+        details: what the sidecar should say of how they came about.
+        errors: what each tensor is expected to lose, in the sensitivity's unit; empty for fixed rules.
+    """
 
     types: RequestedTypes
     details: Mapping[str, object] = field(default_factory=dict)
+    errors: Mapping[str, float] = field(default_factory=dict)
 
 
 Recipe = Callable[[Material], Choice]

@@ -4,47 +4,80 @@ The solver knows only the quantizable tensors' bytes; here the header, kept tens
 Not done: measuring the error table.
 """
 
+from dataclasses import dataclass
+
 from gguf_mixed.error_table import ErrorRow, ErrorTable
 from gguf_mixed.errors import InputError
 from gguf_mixed.file_size import header_bytes, metadata_changes
 from gguf_mixed.header import pad
 from gguf_mixed.recipes.base import Choice, Material, quantizable
-from gguf_mixed.solver import Constraints, solve
+from gguf_mixed.solver import BudgetError, Constraints, solve
 
 ALIGNMENT = 32
 
 
-def optimal(material: Material, table: ErrorTable, budget: int, constraints: Constraints | None = None) -> Choice:
+@dataclass(frozen=True)
+class Budget:
+    """How large the result may be: bits a weight over all tensors without the header, or bytes of the whole file."""
+
+    bpw: float | None = None
+    file_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.bpw is None) == (self.file_bytes is None):
+            raise InputError("budget: expected either bits a weight or a size, and not both")
+
+    def __str__(self) -> str:
+        return f"{self.bpw:.4g} bpw" if self.bpw is not None else f"a file of {self.file_bytes:,} bytes"
+
+    def of_tensors(self, material: Material, table: ErrorTable) -> int:
+        """Bytes left for quantizable tensors; may be negative, which `solve` refuses.
+
+        In a file, alignment is counted at each tensor's worst over the table's types; where rows are multiples of 256
+        it is nothing.
+        """
+        if self.bpw is not None:
+            return int(self.bpw * material.inventory.n_elements / 8) - _kept_bytes(material)
+        assert self.file_bytes is not None
+        return self.file_bytes - _overhead(material, table)
+
+    def holding(self, n_bytes: int, material: Material, table: ErrorTable) -> "Budget":
+        """The least budget of this kind with `n_bytes` for quantizable tensors."""
+        if self.bpw is not None:
+            return Budget(bpw=8 * (n_bytes + _kept_bytes(material)) / material.inventory.n_elements)
+        return Budget(file_bytes=n_bytes + _overhead(material, table))
+
+
+def optimal(material: Material, table: ErrorTable, budget: Budget, constraints: Constraints | None = None) -> Choice:
     """The types of least total error.
 
     Args:
         table: of every quantizable tensor; types that need imatrix data which is not there are left out.
-        budget: bytes of all quantizable tensors, see `budget_of_file` and `budget_of_bpw`.
 
     Raises:
-        InputError: the table is of another model, or see `solve`.
+        InputError: the table is of another model, the budget is impossible (says the least and most), or see `solve`.
     """
-    found = solve(_usable(material, table), budget, constraints)
-    return Choice(found.types, {"budget": budget, "n_bytes": found.n_bytes, "error": found.error, "gap": found.gap})
+    usable = _usable(material, table)
+    n_bytes = budget.of_tensors(material, usable)
+    try:
+        found = solve(usable, n_bytes, constraints)
+    except BudgetError as error:
+        least, most = (budget.holding(size, material, usable) for size in (error.least, error.most))
+        raise InputError(f"budget: got {budget}, expected {least} (the least possible) to {most} (the most)") from error
+    errors = {row.tensor: row.error for row in usable if found.types[row.tensor] is row.qtype}
+    return Choice(found.types, {"budget": str(budget), "gap": found.gap}, errors)
 
 
-def budget_of_file(material: Material, table: ErrorTable, file_bytes: int) -> int:
-    """Bytes left for quantizable tensors in a file of `file_bytes`; may be negative, which `solve` refuses.
+def _kept_bytes(material: Material) -> int:
+    return sum(tensor.n_bytes for tensor in material.inventory.tensors.values() if tensor.kept_because)
 
-    Alignment is counted at each tensor's worst over the table's types; where rows are multiples of 256 it is nothing.
-    """
+
+def _overhead(material: Material, table: ErrorTable) -> int:
     inventory = material.inventory
     changes = metadata_changes(material.imatrix, str(material.imatrix_path or ""))
     kept = sum(pad(tensor.n_bytes, ALIGNMENT) for tensor in inventory.tensors.values() if tensor.kept_because)
     padding = sum(max(-row.n_bytes % ALIGNMENT for row in rows) for rows in table.by_tensor.values())
-    return file_bytes - header_bytes(inventory, changes) - kept - padding
-
-
-def budget_of_bpw(material: Material, bpw: float) -> int:
-    """Bytes left for quantizable tensors at `bpw` bits a weight over all tensors, the header not counted."""
-    inventory = material.inventory
-    kept = sum(tensor.n_bytes for tensor in inventory.tensors.values() if tensor.kept_because)
-    return int(bpw * inventory.n_elements / 8) - kept
+    return header_bytes(inventory, changes) + kept + padding
 
 
 def _usable(material: Material, table: ErrorTable) -> ErrorTable:

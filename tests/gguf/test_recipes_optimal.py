@@ -1,5 +1,7 @@
 """From a budget to a plan: the file lands just under the size asked for, on real shapes, and is valid as a table."""
 
+import re
+
 import pytest
 from gemma4q_kernels.ggml import GGMLQuantizationType, bits_per_weight
 from gguf_files import REAL_31B, gemma4_metadata, moe_26b_a4b, real_31b, small_moe, write_gguf
@@ -9,7 +11,7 @@ from gguf_mixed.errors import InputError
 from gguf_mixed.overrides import override_table
 from gguf_mixed.quantize import Job
 from gguf_mixed.recipes.base import Material, quantizable
-from gguf_mixed.recipes.optimal import budget_of_bpw, budget_of_file, optimal
+from gguf_mixed.recipes.optimal import Budget, optimal
 from gguf_mixed.tensors import read_inventory
 
 T = GGMLQuantizationType
@@ -38,10 +40,10 @@ def test_the_file_lands_just_under_the_budget(tmp_path):
         inventory = read_inventory(path)
         material, table = Material(inventory), table_of(inventory)
         wanted = inventory.n_elements * 5 // 8
-        choice = optimal(material, table, budget_of_file(material, table, wanted))
+        choice = optimal(material, table, Budget(file_bytes=wanted))
         job = Job(inventory, override_table(inventory, choice.types))
         assert 0.999 * wanted < job.file_bytes <= wanted
-        choice = optimal(material, table, budget_of_bpw(material, 5))
+        choice = optimal(material, table, Budget(bpw=5))
         job = Job(inventory, override_table(inventory, choice.types))
         assert 4.995 < job.bpw <= 5
         assert T.IQ2_XS not in choice.types.values()  # it needs an imatrix, and there is none
@@ -56,14 +58,41 @@ def test_an_error_table_of_another_model(tmp_path):
         for tensor in quantizable(inventory)
         if tensor.row_length == 100
     ]
-    assert optimal(Material(inventory), ErrorTable(rows), 10**6).types["blk.0.attn_output.weight"] is T.F16
+    assert (
+        optimal(Material(inventory), ErrorTable(rows), Budget(file_bytes=10**6)).types["blk.0.attn_output.weight"]
+        is T.F16
+    )
     with pytest.raises(InputError, match="tensor token_embd.weight is only in the model"):
-        optimal(Material(inventory), ErrorTable(row for row in rows if row.tensor != "token_embd.weight"), 10**6)
+        optimal(
+            Material(inventory),
+            ErrorTable(row for row in rows if row.tensor != "token_embd.weight"),
+            Budget(file_bytes=10**6),
+        )
     fewer = read_inventory(write_gguf(tmp_path / "f.gguf", [item for item in listed if item[0] != "token_embd.weight"]))
     with pytest.raises(InputError, match="tensor token_embd.weight is only in the error table"):
-        optimal(Material(fewer), ErrorTable(rows), 10**6)
+        optimal(Material(fewer), ErrorTable(rows), Budget(file_bytes=10**6))
     with pytest.raises(InputError, match="token_embd.weight: Q4_K does not fit it"):
         wrong = [row for row in rows if row.tensor != "token_embd.weight"]
-        optimal(Material(inventory), ErrorTable([ErrorRow("token_embd.weight", T.Q4_K, 5, 1.0), *wrong]), 10**6)
-    with pytest.raises(InputError, match="budget: got -"):
-        optimal(Material(inventory), ErrorTable(rows), budget_of_file(Material(inventory), ErrorTable(rows), 10))
+        optimal(
+            Material(inventory),
+            ErrorTable([ErrorRow("token_embd.weight", T.Q4_K, 5, 1.0), *wrong]),
+            Budget(file_bytes=10**6),
+        )
+
+
+def test_an_impossible_budget_says_the_least_and_the_most(tmp_path):
+    inventory = read_inventory(write_gguf(tmp_path / "26b.gguf", moe_26b_a4b(), gemma4_metadata(30, 2816, 2112, 128)))
+    material, table = Material(inventory), table_of(inventory)
+    with pytest.raises(
+        InputError, match=r"got 1 bpw, expected (\S+) bpw \(the least possible\) to (\S+) bpw"
+    ) as caught:
+        optimal(material, table, Budget(bpw=1))
+    least, most = (float(word) for word in re.findall(r"(\S+) bpw \(", str(caught.value)))
+    job = Job(inventory, override_table(inventory, optimal(material, table, Budget(bpw=least + 1e-3)).types))
+    assert job.bpw == pytest.approx(least, abs=1e-3)
+    job = Job(inventory, override_table(inventory, optimal(material, table, Budget(bpw=99)).types))
+    assert job.bpw == pytest.approx(most, abs=1e-3)
+    with pytest.raises(InputError, match=r"got a file of 10 bytes, expected a file of [\d,]+ bytes \(the least"):
+        optimal(material, table, Budget(file_bytes=10))
+    with pytest.raises(InputError, match="either"):
+        Budget()

@@ -99,22 +99,14 @@ def test_constraints_hold():
     assert free.error < found.error
 
 
-def test_allowed_types():
-    found = solve(model(), 3_800 * MILLION, Constraints(types=frozenset({T.Q2_K, T.Q8_0})))
-    assert set(found.types.values()) == {T.Q2_K, T.Q8_0}
-
-
 @pytest.mark.parametrize(
     ("budget", "constraints", "message"),
     [
         (1, Constraints(), r"budget: got 1 bytes, expected 1,680,000,000 \(the least possible\) to 5,040,000,000"),
         (5_000 * MILLION, Constraints(pins={"attn_q": T.Q6_K}), "blk.0.attn_q.weight: pinned to Q6_K"),
-        (
-            5_000 * MILLION,
-            Constraints(types=frozenset({T.Q6_K})),
-            "blk.0.attn_q.weight: no type is left of Q2_K, IQ3_S",
-        ),
-        (5_000 * MILLION, Constraints(floors={"ffn": 9.0}), "blk.0.ffn_down.weight: no type is left"),
+        (5_000 * MILLION, Constraints(floors={"ffn": 9.0}), "blk.0.ffn_down.weight: none of Q2_K, .* has the 9 bits"),
+        (5_000 * MILLION, Constraints(floors={"fnn": 4.0}), "pattern fnn: matches no tensor"),
+        (5_000 * MILLION, Constraints(uniform=("ffn(",)), "pattern ffn\\(: not a regular expression"),
     ],
 )
 def test_impossible_demands_are_named(budget, constraints, message):

@@ -1,0 +1,63 @@
+"""An allocation from end to end: sensitivity and real quantizers -> error table -> the best types for a budget.
+
+The table is measured once and serves every budget. Types that only very small models want are left out unless they are
+asked for: their quantizers are the slowest by far.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from gemma4q_kernels.ggml import QUANTIZABLE_TYPES, GGMLQuantizationType
+
+from gguf_mixed.error_table import ErrorTable
+from gguf_mixed.llama_cpp import cache_folder
+from gguf_mixed.measure import Sampling, load_quantizers, measure
+from gguf_mixed.recipes.base import Material
+from gguf_mixed.sensitivity import Sensitivity
+from gguf_mixed.sidecar import header_sha256
+from gguf_mixed.tensors import Inventory
+
+# Ternary types are for models trained so; IQ1 and most of IQ2 quantize at 1 to 8 MB/s.
+_ONLY_WHEN_ASKED = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "TQ1_0", "TQ2_0", "Q1_0", "Q2_0", "F32"})
+DEFAULT_TYPES = tuple(qtype for qtype in QUANTIZABLE_TYPES if qtype.name not in _ONLY_WHEN_ASKED)
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How an error table is measured, see `measure`. `cache` None: the user's cache folder, by the model's header."""
+
+    sampling: Sampling = field(default_factory=Sampling)
+    threads: int = 1
+    cache: Path | None = None
+    progress: bool = False
+
+
+def error_table(
+    material: Material,
+    sensitivity: Sensitivity,
+    types: Sequence[GGMLQuantizationType] = DEFAULT_TYPES,
+    how: Measuring = Measuring(),
+) -> ErrorTable:
+    """The error table of a model.
+
+    Raises:
+        InputError: see `load_quantizers` and `measure`.
+    """
+    cache = how.cache or _default_cache(material.inventory)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    return measure(
+        material.inventory,
+        load_quantizers(material.llama_cpp),
+        sensitivity,
+        material.imatrix,
+        types,
+        how.sampling,
+        how.threads,
+        cache,
+        how.progress,
+    )
+
+
+def _default_cache(inventory: Inventory) -> Path:
+    return cache_folder().with_name("errors") / f"{header_sha256(inventory)[:16]}.jsonl"
