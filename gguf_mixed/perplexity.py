@@ -55,8 +55,9 @@ class Divergence:
         mean_kld, mean_kld_error, median_kld, p90_kld, p95_kld, p99_kld, p999_kld, max_kld: over positions.
         same_top, same_top_error: share of positions with the same most likely token, 0 to 1.
         perplexity, perplexity_error: of the model on the text.
-        base_perplexity: of the reference.
-        perplexity_ratio, perplexity_ratio_error: model over reference.
+        base_perplexity: of the reference, from the base file, which holds no token less likely than e^-16 times the
+            most likely one. Real text has such tokens, so this is too low: by 1% on a Python manual.
+        perplexity_ratio, perplexity_ratio_error: model over `base_perplexity`, so too high by as much.
         chunks, positions: what the figures are over.
     """
 
