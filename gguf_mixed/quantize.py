@@ -2,7 +2,8 @@
 
 Builds differ, so the one that is found is asked what it knows: `--tensor-type-file`, else `--tensor-type` for each
 tensor. The base type is one that no tensor has, since builds before #22572 dropped an override equal to it; the file's
-label is then set by `--override-kv general.file_type=int:N`, N being the type that most weights have.
+label is then set by `--override-kv general.file_type=int:N`, N being the type that most weights have. Where there is no
+llama-quantize, `ggml_writer` writes the same file, and it is checked alike.
 Not done: sharded output (`--keep-split`), pruning.
 """
 
@@ -15,14 +16,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 from gemma4q_kernels.ggml import GGMLQuantizationType
-from gguf.constants import LlamaFileType
+from gguf.constants import GGML_QUANT_VERSION, LlamaFileType
 
 from gguf_mixed.errors import InputError
 from gguf_mixed.file_size import metadata_changes, predict_size
+from gguf_mixed.header import Scalar
 from gguf_mixed.imatrix import Imatrix
 from gguf_mixed.overrides import OverrideTable, check_complete
-from gguf_mixed.tensors import Inventory, written_types
+from gguf_mixed.tensors import Inventory, Tensor, written_types
 from gguf_mixed.verify import find_differences
 
 T = GGMLQuantizationType
@@ -65,10 +69,15 @@ class Job:
         return written_types(self.inventory, self.table.types)
 
     @cached_property
+    def metadata_changes(self) -> dict[str, Scalar | None]:
+        """What is set in the model's keys, in the order in which it is set, and removed from them."""
+        labels = {"general.quantization_version": GGML_QUANT_VERSION, "general.file_type": self.file_type}
+        return metadata_changes(self.imatrix, str(self.imatrix_path or ""), labels)
+
+    @cached_property
     def file_bytes(self) -> int:
         """The output's size."""
-        changes = metadata_changes(self.imatrix, str(self.imatrix_path or ""))
-        return predict_size(self.inventory, self.table.types, changes)
+        return predict_size(self.inventory, self.table.types, self.metadata_changes)
 
     @cached_property
     def tensor_bytes(self) -> int:
@@ -82,6 +91,15 @@ class Job:
     def bpw(self) -> float:
         """Bits a weight over all tensors, kept ones included."""
         return 8 * self.tensor_bytes / self.inventory.n_elements
+
+    def weights(self, tensor: Tensor) -> npt.NDArray[np.float32] | None:
+        """float32 [n_matrices, row_length], what the tensor is quantized under; None where there is no imatrix for it.
+
+        Data of another size is only let through for embeddings, and there llama-quantize does without.
+        """
+        entry = self.imatrix.entries.get(tensor.name) if self.imatrix else None
+        shape = (tensor.n_matrices, tensor.row_length)
+        return entry.weights.reshape(shape) if entry is not None and entry.sums.size == shape[0] * shape[1] else None
 
     @property
     def file_type(self) -> int:
@@ -134,10 +152,9 @@ def build_command(
     """The command that writes `output`.
 
     Raises:
-        InputError: the model is quantized already and `allow_requantize` is not set; see `override_options`.
+        InputError: see `check_source` and `override_options`.
     """
-    if job.inventory.already_quantized and not allow_requantize:
-        raise InputError(f"{job.inventory.path.name}: already quantized, which costs quality twice: --allow-requantize")
+    check_source(job, allow_requantize)
     command = [str(tool), *override_options(tool, job.table, table_path)]
     command += ["--override-kv", f"general.file_type=int:{job.file_type}"]
     command += ["--allow-requantize"] if allow_requantize else []
@@ -149,6 +166,16 @@ def build_command(
 def partial_path(output: Path) -> Path:
     """Where the output is written until it is verified."""
     return output.with_name(output.name + ".partial")
+
+
+def check_source(job: Job, allow_requantize: bool) -> None:
+    """Check that the model may be quantized.
+
+    Raises:
+        InputError: it is quantized already and `allow_requantize` is not set.
+    """
+    if job.inventory.already_quantized and not allow_requantize:
+        raise InputError(f"{job.inventory.path.name}: already quantized, which costs quality twice: --allow-requantize")
 
 
 def check_output(job: Job, output: Path, overwrite: bool) -> None:
@@ -169,20 +196,32 @@ def check_output(job: Job, output: Path, overwrite: bool) -> None:
 
 
 def run_and_verify(job: Job, command: list[str], output: Path, log: Callable[[str], None]) -> list[str]:
-    """Run a command of `build_command` that writes `partial_path(output)`; rename that when all is as planned.
+    """`write_and_verify` with a command of `build_command`.
 
     Args:
         log: gets every line that llama-quantize prints.
+
+    Raises:
+        InputError: llama-quantize fails, with its last error line.
+    """
+    return write_and_verify(job, output, lambda _: _run(command, log))
+
+
+def write_and_verify(job: Job, output: Path, write: Callable[[Path], None]) -> list[str]:
+    """Have the output written to `partial_path(output)`; rename that when all is as planned.
+
+    Args:
+        write: writes the file it is given. Whatever it raises is raised again, and the partial file is removed.
 
     Returns:
         Differences from the plan. Where there are any, the partial file is left for inspection.
 
     Raises:
-        InputError: llama-quantize fails, with its last error line; the partial file is removed.
+        InputError: what was written is not a GGUF file, see `find_differences`.
     """
     partial = partial_path(output)
     try:
-        _run(command, log)
+        write(partial)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

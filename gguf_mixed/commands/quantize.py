@@ -1,16 +1,27 @@
 """`gguf-mixed quantize MODEL.gguf OUT.gguf --overrides overrides.txt`"""
 
+import os
 import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from gemma4q_kernels.ggml.quantize import Quantizers
 
+from gguf_mixed.engine import Engine, find_engine
+from gguf_mixed.ggml_writer import check_writable, write_model
 from gguf_mixed.imatrix_gguf import read_imatrix
-from gguf_mixed.llama_cpp import find_tool
 from gguf_mixed.overrides import read_overrides
-from gguf_mixed.quantize import Job, build_command, check_output, partial_path, run_and_verify
+from gguf_mixed.quantize import (
+    Job,
+    build_command,
+    check_output,
+    check_source,
+    partial_path,
+    run_and_verify,
+    write_and_verify,
+)
 from gguf_mixed.sidecar import check_model, read_sidecar
 from gguf_mixed.tensors import read_inventory
 
@@ -20,31 +31,69 @@ def command(
     output: Annotated[Path, typer.Argument(metavar="OUT.gguf", help="The file to write.")],
     overrides: Annotated[Path, typer.Option(metavar="FILE", help="The table that `gguf-mixed plan` wrote.")],
     imatrix: Annotated[Path | None, typer.Option(metavar="FILE", help="The importance matrix, GGUF or .dat.")] = None,
-    llama_cpp: Annotated[Path | None, typer.Option(metavar="DIR", help="Use the llama-quantize in here.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of llama-quantize.")] = None,
+    engine: Annotated[
+        Engine, typer.Option(help="Run llama-quantize, or call ggml's library: the same file. auto: what is there.")
+    ] = Engine.AUTO,
+    llama_cpp: Annotated[Path | None, typer.Option(metavar="DIR", help="Use the llama.cpp in here.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads, all processors unless given.")] = None,
     allow_requantize: Annotated[bool, typer.Option(help="Accept a model that is quantized already.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT.gguf.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command, or what is done, and stop.")] = False,
 ) -> None:
-    """Run llama-quantize with a table, check every tensor's type and the size, and only then name the file OUT.gguf."""
+    """Quantize with a table, check every tensor's type and the size, and only then name the file OUT.gguf."""
     inventory = read_inventory(model)
     table = read_overrides(overrides)
     content = read_sidecar(overrides, table)
     if content is not None:
         check_model(content, inventory)
     job = Job(inventory, table, None if imatrix is None else read_imatrix(imatrix), imatrix)
-    tool = find_tool("llama-quantize", llama_cpp)
-    written = build_command(
-        tool, job, overrides, partial_path(output), threads=threads, allow_requantize=allow_requantize
-    )
+    found = find_engine(engine, llama_cpp)
+    if isinstance(found.used, Quantizers):
+        if found.because:
+            print(f"{found.because}; using {found.used.library}", file=sys.stderr)
+        differences = _with_library(job, found.used, output, threads, allow_requantize, overwrite, dry_run)
+    else:
+        command = build_command(
+            found.used, job, overrides, partial_path(output), threads=threads, allow_requantize=allow_requantize
+        )
+        differences = _with_command(job, command, output, overwrite, dry_run)
     if dry_run:
-        print(shlex.join(written))
         return
-    check_output(job, output, overwrite)
-    print(shlex.join(written), file=sys.stderr)
-    differences = run_and_verify(job, written, output, lambda line: print(line, file=sys.stderr))
     if differences:
         print("\n".join(differences))
         print(f"{partial_path(output)}: not as planned, {len(differences)} differences", file=sys.stderr)
         raise typer.Exit(1)
     print(f"{output}: {job.file_bytes:,} bytes, {job.bpw:.3f} bpw; all {len(job.written)} tensors as planned")
+
+
+def _with_command(job: Job, command: list[str], output: Path, overwrite: bool, dry_run: bool) -> list[str]:
+    if dry_run:
+        print(shlex.join(command))
+        return []
+    check_output(job, output, overwrite)
+    print(shlex.join(command), file=sys.stderr)
+    return run_and_verify(job, command, output, lambda line: print(line, file=sys.stderr))
+
+
+def _with_library(
+    job: Job,
+    quantizers: Quantizers,
+    output: Path,
+    threads: int | None,
+    allow_requantize: bool,
+    overwrite: bool,
+    dry_run: bool,
+) -> list[str]:
+    check_source(job, allow_requantize)
+    check_writable(job, quantizers)
+    threads = threads or os.cpu_count() or 1
+    if dry_run:
+        copied = sum(job.written[name] is tensor.qtype for name, tensor in job.inventory.tensors.items())
+        print(f"{output}: {job.file_bytes:,} bytes, {job.bpw:.3f} bpw")
+        print(f"{len(job.written) - copied} tensors quantized and {copied} copied by {threads} threads")
+        print(f"with {quantizers.library}")
+        return []
+    check_output(job, output, overwrite)
+    return write_and_verify(
+        job, output, lambda path: write_model(job, quantizers, path, threads, progress=sys.stderr.isatty())
+    )

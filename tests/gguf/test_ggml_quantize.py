@@ -1,6 +1,7 @@
 """ggml's quantizers through ctypes: the bits, the effect of weights, and everything that would end the process."""
 
 import ctypes.util
+import re
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -139,10 +140,52 @@ def test_a_library_of_another_kind_is_refused():
 
 
 def test_a_missing_library_is_looked_for(tmp_path):
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "libggml-base.so").touch()
-    assert find_library([tmp_path / "none", tmp_path]) == tmp_path / "bin" / "libggml-base.so"
-    with pytest.raises(OSError, match="libggml-base"):
-        Quantizers(tmp_path / "bin" / "libggml-base.so")
     with pytest.raises(FileNotFoundError, match="not in .*none$"):
         find_library([tmp_path / "none"], wheels=False)
+    with pytest.raises(FileNotFoundError, match="the wheel libggml-python"):
+        find_library([tmp_path / "none"])
+
+
+def test_what_cannot_be_loaded_is_named(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name / "bin").mkdir(parents=True)
+        (tmp_path / name / "bin" / "libggml-base.so").touch()
+    with pytest.raises(OSError, match="one/bin/libggml-base.so: cannot be loaded: .*; .*two/bin/libggml-base.so: can"):
+        find_library([tmp_path / "one", tmp_path / "two"], wheels=False)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="of glibc's symbol versions")
+def test_a_library_for_a_newer_system_is_passed_over(quantizers, tmp_path):
+    """As with the newest llama-cpp-py-sync on Debian 12."""
+    newer, usable = tmp_path / "newer" / "libggml-base.so", tmp_path / "usable" / "libggml-base.so"
+    for path in (newer, usable):
+        path.parent.mkdir()
+    needed = re.search(rb"\0GLIBC_2(\.\d+)\0", quantizers.library.read_bytes())
+    newer.write_bytes(quantizers.library.read_bytes().replace(needed[0], b"\0GLIBC_9" + needed[1] + b"\0"))
+    usable.symlink_to(quantizers.library.resolve())
+    message = rf"{newer}: is built for a newer system: needs GLIBC_9\.\d+, here is glibc \d"
+    with pytest.raises(OSError, match=message):
+        find_library([newer.parent], wheels=False)
+    assert find_library([newer.parent, usable.parent], wheels=False) == usable
+
+
+@pytest.mark.parametrize(
+    "layout", ["libggml/lib64/libggml-base.so", "pywhispercpp.libs/libggml-base-319ad4fb.so.0.13.1"]
+)
+def test_found_in_a_wheel(quantizers, tmp_path, monkeypatch, layout):
+    """A wheel as pip unpacks it; one that is listed before it ships no library that can be loaded."""
+    write_wheel(tmp_path, "libggml-python", "libggml/bin/libggml-base.so", b"")
+    write_wheel(tmp_path, "pywhispercpp", layout, quantizers.library.read_bytes())
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find_library([]) == tmp_path / layout
+    with pytest.raises(FileNotFoundError):
+        find_library([], wheels=False)
+
+
+def write_wheel(folder, name, library, content):
+    (folder / library).parent.mkdir(parents=True)
+    (folder / library).write_bytes(content)
+    info = folder / f"{name.replace('-', '_')}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "RECORD").write_text(f"{library},,\n{info.name}/METADATA,,\n")

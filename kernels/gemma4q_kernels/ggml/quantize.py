@@ -10,8 +10,10 @@ searches of IQ2 and IQ3 overflow float32 soon after).
 """
 
 import ctypes
-import importlib.util
+import platform
+import re
 from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +25,13 @@ Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 LIBRARY_NAMES = ("libggml-base.so", "libggml-base.so.0", "libggml-base.dylib", "ggml-base.dll")
-WHEELS = ("llama_cpp_py_sync",)
+# Distributions on PyPI that ship the library, tried in this order. The first is built for glibc 2.27, and is only that.
+WHEELS = ("libggml-python", "llama-cpp-py-sync", "pywhispercpp")
 NEEDS_WEIGHTS = frozenset({"IQ1_S", "IQ2_XXS", "IQ2_XS"})  # `ggml_quantize_requires_imatrix`
 _SUBFOLDERS = ("", "bin", "build/bin", "lib")
+# auditwheel adds a hash to the names of libraries that it copies into NAME.libs.
+_IN_WHEEL = re.compile(r"(lib)?ggml-base(-[0-9a-f]+)?(\.so[.\d]*|[.\d]*\.dylib|\.dll)")
+_TOO_NEW = re.compile(r"version [`'](?P<version>GLIBC\w*_[\d.]+)' not found")
 _LARGEST = float(np.finfo(np.float16).max)
 _LARGEST_SUM = float(np.finfo(np.float32).max)
 _WIDE = frozenset({GGMLQuantizationType.F32, GGMLQuantizationType.BF16})
@@ -45,7 +51,7 @@ class _TypeTraits(ctypes.Structure):
 
 
 def find_library(folders: Iterable[Path], wheels: bool = True) -> Path:
-    """Path of libggml-base: in the first of `folders` that has it, else in an installed wheel that ships it.
+    """Path of the first libggml-base that can be used: in one of `folders`, else in an installed wheel that ships it.
 
     Args:
         folders: llama.cpp checkouts, their build folders, or the folders of their programs.
@@ -53,16 +59,20 @@ def find_library(folders: Iterable[Path], wheels: bool = True) -> Path:
 
     Raises:
         FileNotFoundError: not there; says where it was looked for.
+        OSError: none that is there can be used; says why for each, see `Quantizers`.
     """
     folders = list(folders)
-    searched = [folder / subfolder for folder in folders for subfolder in _SUBFOLDERS]
-    for folder in searched + (_wheel_folders() if wheels else []):
-        for name in LIBRARY_NAMES:
-            if (folder / name).is_file():
-                return folder / name
+    unusable = []
+    for path in [*_in_folders(folders), *(_in_wheels() if wheels else ())]:
+        try:
+            return Quantizers(path).library
+        except OSError as error:
+            unusable.append(str(error))
+    if unusable:
+        raise OSError("; ".join(unusable))
     places = [str(folder) for folder in folders]
     if wheels:
-        places += [f"the package {name}" for name in WHEELS]
+        places += [f"the wheel {name}" for name in WHEELS]
     raise FileNotFoundError(f"{LIBRARY_NAMES[0]}: not in {', '.join(places)}")
 
 
@@ -78,7 +88,8 @@ class Quantizers:
         """Load a library.
 
         Raises:
-            OSError: it cannot be loaded, lacks a function, or its structures have another layout.
+            OSError: it cannot be loaded (as when it is built for a newer system), lacks a function, or its structures
+                have another layout.
         """
         self.library = library
         try:
@@ -87,6 +98,8 @@ class Quantizers:
             get_traits = loaded.ggml_get_type_traits
         except AttributeError as error:
             raise OSError(f"{library}: not libggml-base, or older than 2025: {error}") from error
+        except OSError as error:
+            raise OSError(_why_not_loaded(library, error)) from error
         self._quantize.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
         self._quantize.restype = ctypes.c_size_t
         get_traits.argtypes, get_traits.restype = [ctypes.c_int], ctypes.POINTER(_TypeTraits)
@@ -196,7 +209,31 @@ def _is_type(traits: _TypeTraits, qtype: GGMLQuantizationType) -> bool:
     return ctypes.string_at(traits.type_name).decode().upper() == qtype.name
 
 
-def _wheel_folders() -> list[Path]:
-    found = (importlib.util.find_spec(name) for name in WHEELS)
-    roots = [Path(root) for spec in found if spec for root in spec.submodule_search_locations or ()]
-    return [folder for root in roots for folder in (root, root / "lib", root / "bin")]
+def _in_folders(folders: Iterable[Path]) -> list[Path]:
+    searched = [folder / subfolder for folder in folders for subfolder in _SUBFOLDERS]
+    named = ([folder / name for name in LIBRARY_NAMES if (folder / name).is_file()] for folder in searched)
+    return [paths[0] for paths in named if paths]  # the others are links to it
+
+
+def _in_wheels() -> list[Path]:
+    found = []
+    for name in WHEELS:
+        try:
+            files = metadata.distribution(name).files or []
+        except metadata.PackageNotFoundError:
+            continue
+        libraries = [file for file in files if _IN_WHEEL.fullmatch(file.name)]
+        if libraries:
+            found.append(Path(str(min(libraries, key=lambda file: len(file.name)).locate())))
+    return found
+
+
+def _why_not_loaded(library: Path, error: OSError) -> str:
+    too_new = _TOO_NEW.search(str(error))
+    if too_new:
+        return f"{library}: is built for a newer system: needs {too_new['version']}, here is {_libc()}"
+    return f"{library}: cannot be loaded: {error}"
+
+
+def _libc() -> str:
+    return " ".join(platform.libc_ver()).strip() or platform.system()
