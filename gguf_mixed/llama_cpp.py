@@ -4,8 +4,9 @@ Order: the folder that the user names, and then nothing else; PATH; the cache fo
 `environment/build_llama_cpp.py` of the source repository builds them.
 
 What they print goes to two streams, read as one. Builds since 2025 print from a thread that is not awaited at exit
-(`common_log_main` in common/log.cpp says so), so that the last lines of a run are lost now and then: of 30 short runs
-that failed, 2 lacked their error line. Callers therefore check results, not only what was printed.
+(`common_log_main` in common/log.cpp, llama.cpp #22142), so that a run's last lines are lost now and then: of 30 runs
+that failed at once, 11 printed nothing at all. So a run that fails without a reason is asked again while that is quick,
+and callers check results, not only what was printed.
 """
 
 import os
@@ -13,6 +14,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -22,6 +24,7 @@ Log = Callable[[str], None]
 
 _SUBFOLDERS = ("", "bin", "build/bin")
 _HELP_SECONDS = 60
+_ASK_AGAIN_RUNS, _ASK_AGAIN_SECONDS = 8, 10
 _STAMP = re.compile(r"^\d+\.\d+\.\d+\.\d+ ")  # minutes.seconds.milliseconds.microseconds, then a level: I, W, E
 
 
@@ -51,14 +54,6 @@ def find_tool(name: str, folder: Path | None = None) -> Path:
     if found is None:
         raise InputError(f"{name}: not on PATH and not in {cache_folder()}; name its folder with --llama-cpp DIR")
     return found
-
-
-def _in_folder(name: str, folder: Path) -> Path | None:
-    for subfolder in _SUBFOLDERS:
-        found = shutil.which(name, path=folder / subfolder)
-        if found:
-            return Path(found)
-    return None
 
 
 def tool_help(tool: Path) -> str:
@@ -102,22 +97,14 @@ def run_tool(command: Sequence[str], log: Log) -> list[str]:
         InputError: it does not start, or exits with another status than 0; with its own error line.
     """
     name = Path(command[0]).name
-    lines: list[str] = []
-    try:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace"
-        )
-    except OSError as error:
-        raise InputError(f"{name}: does not run: {error}") from error
-    try:
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line.rstrip())
-            log(lines[-1])
-        status = process.wait()
-    finally:
-        process.kill()
-        process.wait()
+    deadline = time.monotonic() + _ASK_AGAIN_SECONDS
+    for _ in range(_ASK_AGAIN_RUNS):
+        try:
+            status, lines = _run(command, log)
+        except OSError as error:
+            raise InputError(f"{name}: does not run: {error}") from error
+        if status <= 0 or error_line(lines) or time.monotonic() > deadline:
+            break
     if status:
         end = f"exit {status}" if status > 0 else f"killed by {signal.Signals(-status).name}"
         raise InputError(f"{name}: {end}: {error_line(lines) or last_line(lines)}")
@@ -135,3 +122,28 @@ def error_line(lines: Sequence[str]) -> str | None:
 def last_line(lines: Sequence[str]) -> str:
     """The last line that is not empty."""
     return next((line for line in reversed(lines) if line.strip()), "no output")
+
+
+def _run(command: Sequence[str], log: Log) -> tuple[int, list[str]]:
+    """Exit status (negative: the signal that killed it) and all lines printed."""
+    lines: list[str] = []
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace"
+    )
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            log(lines[-1])
+        return process.wait(), lines
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _in_folder(name: str, folder: Path) -> Path | None:
+    for subfolder in _SUBFOLDERS:
+        found = shutil.which(name, path=folder / subfolder)
+        if found:
+            return Path(found)
+    return None
