@@ -21,8 +21,8 @@ divided by before:
 likely token at all of them. The dither costs a KLD of 0.108 and 14.5 -> 16.0 in perplexity: as quantizing a second
 time would. It is part of the reference, not of what is measured.
 
-Transformers (5.19, with accelerate) loads the file itself, as Gemma3ForCausalLM, and takes the 1 off its norms that GGUF
-adds; perplexity over those 765 positions is 16.041, in llama.cpp 16.040. Its tokenizer puts no <bos> first:
+Transformers (5.19, with accelerate) loads the file itself, as Gemma3ForCausalLM, and takes the 1 off its norms that
+GGUF adds; perplexity over those 765 positions is 16.041, in llama.cpp 16.040. Its tokenizer puts no <bos> first:
 
     AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
