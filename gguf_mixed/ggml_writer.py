@@ -63,8 +63,8 @@ def write_model(job: Job, quantizers: RowQuantizers, path: Path, threads: int = 
         progress: show a bar on the error stream.
 
     Raises:
-        InputError: no weights in the model, a type that the library does not know, a tensor of more dimensions than
-            llama-quantize quantizes, weights that are not finite or too large for their type, or a full disk.
+        InputError: see `check_writable`; weights that are not finite or too large for their type; a disk that is full
+            or cannot be read.
     """
     check_writable(job, quantizers)
     total = job.inventory.tensor_bytes
@@ -123,6 +123,12 @@ def _values(quantizers: RowQuantizers, stored: Bytes, qtype: GGMLQuantizationTyp
 
 
 def check_writable(job: Job, quantizers: RowQuantizers) -> None:
+    """Check that this library can write the job's output at all.
+
+    Raises:
+        InputError: no weights in the model, a type that the library does not know, or a tensor of more dimensions than
+            llama-quantize quantizes.
+    """
     if job.inventory.header_only:
         raise InputError(f"{job.inventory.path.name}: holds no weights, only a header")
     for name, tensor in job.inventory.tensors.items():
@@ -132,7 +138,9 @@ def check_writable(job: Job, quantizers: RowQuantizers) -> None:
         if target not in quantizers.types:
             raise InputError(f"tensor {name}: this library cannot write {target.name}")
         if len(tensor.shape) > _MOST_DIMENSIONS:
-            raise InputError(f"tensor {name}: {len(tensor.shape)} dimensions, llama-quantize quantizes at most 3")
+            raise InputError(
+                f"tensor {name}: {len(tensor.shape)} dimensions, llama-quantize quantizes at most {_MOST_DIMENSIONS}"
+            )
 
 
 def _pieces(job: Job) -> Iterator[_Piece]:
