@@ -14,6 +14,7 @@ from llama_quantize import small_model
 from peak_memory import measure
 from quantize_runs import T, ok, plan, with_imatrices
 
+from gguf_mixed.ggml_writer import write_model
 from gguf_mixed.imatrix_gguf import write_imatrix
 from gguf_mixed.imatrix_legacy import write_legacy
 from gguf_mixed.quantize import build_command, partial_path, run_and_verify
