@@ -25,6 +25,7 @@ from gguf_mixed.measure import read_rows
 from gguf_mixed.tensors import Inventory, Tensor
 
 _COMPARED_ROWS = 4
+_ROWS_AT_ONCE = 64
 # Rounding to BF16 moves a weight by up to 1/256 of itself.
 _SAME_WITHIN = 1 / 128
 
@@ -92,9 +93,8 @@ def accumulate(
     try:
         for sample in tqdm(samples, unit="pass", desc="Fisher", disable=not progress):
             ids = torch.tensor([list(sample)], device=next(model.module.parameters()).device)
-            logits = model.module(input_ids=ids, use_cache=False).logits[0].float()
-            drawn = _draw(logits.detach(), generator)
-            torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()  # type: ignore[no-untyped-call]
+            logits = model.module(input_ids=ids, use_cache=False).logits[0]
+            logits.backward(_gradient(logits.detach(), generator))
     finally:
         for handle in handles:
             handle.remove()
@@ -124,18 +124,29 @@ class _Sums:
 
     def add(self, parameter: torch.Tensor) -> None:
         assert parameter.grad is not None
-        squares = _as_matrices(parameter.grad).float().square()
+        gradient = _as_matrices(parameter.grad)
         parameter.grad = None
-        self._rows += squares.sum(2).cpu()
-        self._columns += squares.sum(1).cpu()
+        for sums, over in ((self._rows, 2), (self._columns, 1)):
+            # A norm squared: the squares themselves would take as much memory as the gradient.
+            sums += torch.linalg.vector_norm(gradient, dim=over, dtype=torch.float32).cpu().double().square()
 
     def marginals(self) -> Marginals:
         return Marginals(self._rows.float().numpy(), self._columns.float().numpy())
 
 
-def _draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """int64 [positions]: one label each, drawn from softmax(logits) on the CPU, so that every device draws alike."""
-    return torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0].to(logits.device)
+def _gradient(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Of -log p(label) by the logits, [positions, vocabulary], for one drawn label a position: p less one at the label.
+
+    Labels are found where the running sum of p passes a number drawn on the CPU, so that every device draws alike.
+    """
+    points = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64).to(logits.device)
+    gradient = logits.float().softmax(-1)
+    for start in range(0, len(logits), _ROWS_AT_ONCE):
+        rows = gradient[start : start + _ROWS_AT_ONCE]
+        sums = rows.cumsum(-1, dtype=torch.float64)
+        labels = torch.searchsorted(sums, points[start : start + _ROWS_AT_ONCE] * sums[:, -1:], right=True)
+        rows.scatter_add_(1, labels.clamp_(max=rows.shape[1] - 1), -torch.ones_like(labels, dtype=rows.dtype))
+    return gradient.to(logits.dtype)
 
 
 def _as_matrices(values: torch.Tensor) -> torch.Tensor:
