@@ -55,7 +55,7 @@ def load(inventory: Inventory, checkpoint: Path | None = None, dtype: torch.dtyp
     try:
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
-        raise InputError("transformers: not installed: pip install 'vllm-gemma4q[evaluate]'") from error
+        raise InputError("transformers: not installed: pip install 'vllm-gemma4q[fisher]'") from error
     folder = checkpoint if checkpoint is not None else inventory.path.parent
     options = {} if checkpoint is not None else {"gguf_file": inventory.path.name}
     try:

@@ -37,9 +37,10 @@ def main() -> None:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+    except SystemExit as end:
+        if end.code == EXIT_INTERRUPTED:  # typer ends with this on Ctrl-C, without a word
+            print("interrupted", file=sys.stderr)
+        raise
 
 
 if __name__ == "__main__":

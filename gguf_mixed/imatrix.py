@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gguf_mixed.errors import InputError
-from gguf_mixed.tensors import EMBEDDINGS, Inventory
+from gguf_mixed.tensors import EMBEDDINGS, Inventory, Tensor
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int64]
@@ -120,6 +120,16 @@ class Imatrix:
                 )
         quantizable = (tensor.name for tensor in inventory.tensors.values() if not tensor.kept_because)
         return tuple(name for name in quantizable if name not in self.entries)
+
+    def weights_of(self, tensor: Tensor) -> Floats | None:
+        """float32 [n_matrices, row_length], what llama-quantize stores the tensor under; None where it has no data.
+
+        Data of another size counts as none: `matches` lets it through for embeddings only, and there llama-quantize
+        does without.
+        """
+        entry = self.entries.get(tensor.name)
+        shape = (tensor.n_matrices, tensor.row_length)
+        return entry.weights.reshape(shape) if entry is not None and entry.sums.size == shape[0] * shape[1] else None
 
     def slice_experts(self, keep: ExpertsToKeep, n_experts: int) -> "Imatrix":
         """The imatrix of a model with fewer experts.

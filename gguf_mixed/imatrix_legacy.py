@@ -2,8 +2,10 @@
 
 Layout (little-endian): i32 entries; per entry i32 length, name, i32 calls, i32 values, f32[values]; then, both
 optional, i32 chunks and i32 length, dataset. Values are `sums / counts * calls`, `calls` counted in chunks, so that
-`values / calls` is the weight. All experts of a tensor lie end to end and their own counts are lost.
-Source: `save_imatrix_legacy` (tools/imatrix/imatrix.cpp) and common/imatrix-loader.cpp, b11434.
+`values / calls` is the weight; with 0 calls, the values are. All experts of a tensor lie end to end and their own
+counts are lost.
+Source: `save_imatrix_legacy` (tools/imatrix/imatrix.cpp), common/imatrix-loader.cpp and `load_imatrix`
+(tools/quantize/quantize.cpp), b11434.
 """
 
 import struct
@@ -73,7 +75,8 @@ def _read_entry(path: Path, reader: "_Reader") -> tuple[str, ImatrixEntry]:
         raise InputError(f"{path.name}: tensor {name}: {n_values} values, expected at least 1")
     values = np.frombuffer(reader.take(4 * n_values, f"tensor {name}"), dtype="<f4").astype(np.float32)
     try:
-        return name, ImatrixEntry(values[None, :], np.array([calls], dtype=np.int64))
+        # With 0 calls llama-quantize takes the values as they are, which is what 1 call means.
+        return name, ImatrixEntry(values[None, :], np.array([calls or 1], dtype=np.int64))
     except InputError as error:
         raise InputError(f"{path.name}: tensor {name}: {error}") from error
 

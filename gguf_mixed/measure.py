@@ -171,7 +171,7 @@ class _Job:
     ) -> "_Job":
         found = sensitivity.of(tensor)
         found.check(tensor)
-        weights = _imatrix_weights(tensor, imatrix)
+        weights = imatrix.weights_of(tensor) if imatrix else None
         possible = (qtype for qtype in tensor.written_for(asked) if qtype in known)
         types = tuple(qtype for qtype in possible if weights is not None or not tensor.requires_imatrix(qtype))
         if not types:
@@ -256,13 +256,6 @@ def _check(inventory: Inventory, imatrix: Imatrix | None) -> None:
             raise InputError(f"tensor {tensor.name} is {tensor.qtype.name}, expected F32, F16 or BF16")
     if imatrix is not None:
         imatrix.matches(inventory)
-
-
-def _imatrix_weights(tensor: Tensor, imatrix: Imatrix | None) -> Floats | None:
-    entry = imatrix.entries.get(tensor.name) if imatrix else None
-    shape = (tensor.n_matrices, tensor.row_length)
-    # Another size is only let through for embeddings, and there llama-quantize does without.
-    return entry.weights.reshape(shape) if entry is not None and entry.sums.size == shape[0] * shape[1] else None
 
 
 def _chunks(rows: Integers, n_rows: int) -> Iterator[tuple[int, slice]]:

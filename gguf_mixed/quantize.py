@@ -9,8 +9,7 @@ Not done: sharded output (`--keep-split`), pruning.
 
 import re
 import shutil
-import subprocess
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +24,7 @@ from gguf_mixed.errors import InputError
 from gguf_mixed.file_size import metadata_changes, predict_size
 from gguf_mixed.header import Scalar
 from gguf_mixed.imatrix import Imatrix
+from gguf_mixed.llama_cpp import Log, run_tool, tool_help
 from gguf_mixed.overrides import OverrideTable, check_complete
 from gguf_mixed.tensors import Inventory, Tensor, written_types
 from gguf_mixed.verify import find_differences
@@ -36,8 +36,6 @@ BASE_TYPES = (T.Q8_0, T.Q5_1, T.Q5_0, T.Q4_1, T.Q4_0, T.Q6_K, T.IQ4_NL, T.IQ4_XS
 _MIX_OF_TYPE = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}
 _FLOAT_LABELS = {"F32": LlamaFileType.ALL_F32, "F16": LlamaFileType.MOSTLY_F16, "BF16": LlamaFileType.MOSTLY_BF16}
 _NEWER_LABELS = {"Q2_0": 41}  # LLAMA_FTYPE_MOSTLY_Q2_0, which the gguf package does not list yet
-_LOG_LINES_KEPT = 40
-_HELP_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -93,13 +91,8 @@ class Job:
         return 8 * self.tensor_bytes / self.inventory.n_elements
 
     def weights(self, tensor: Tensor) -> npt.NDArray[np.float32] | None:
-        """float32 [n_matrices, row_length], what the tensor is quantized under; None where there is no imatrix for it.
-
-        Data of another size is only let through for embeddings, and there llama-quantize does without.
-        """
-        entry = self.imatrix.entries.get(tensor.name) if self.imatrix else None
-        shape = (tensor.n_matrices, tensor.row_length)
-        return entry.weights.reshape(shape) if entry is not None and entry.sums.size == shape[0] * shape[1] else None
+        """What the tensor is quantized under, see `Imatrix.weights_of`."""
+        return self.imatrix.weights_of(tensor) if self.imatrix else None
 
     @property
     def file_type(self) -> int:
@@ -132,7 +125,7 @@ def override_options(tool: Path, table: OverrideTable, table_path: Path) -> list
     Raises:
         InputError: it cannot, or it does not run.
     """
-    help_text = _help(tool)
+    help_text = tool_help(tool)
     if "--tensor-type-file" in help_text:
         return ["--tensor-type-file", str(table_path)]
     if re.search(r"--tensor-type(?![\w-])", help_text):
@@ -195,7 +188,7 @@ def check_output(job: Job, output: Path, overwrite: bool) -> None:
         raise InputError(f"{output.name}: takes {job.file_bytes:,} bytes, and {free:,} are free")
 
 
-def run_and_verify(job: Job, command: list[str], output: Path, log: Callable[[str], None]) -> list[str]:
+def run_and_verify(job: Job, command: list[str], output: Path, log: Log) -> list[str]:
     """`write_and_verify` with a command of `build_command`.
 
     Args:
@@ -204,10 +197,10 @@ def run_and_verify(job: Job, command: list[str], output: Path, log: Callable[[st
     Raises:
         InputError: llama-quantize fails, with its last error line.
     """
-    return write_and_verify(job, output, lambda _: _run(command, log))
+    return write_and_verify(job, output, lambda _: run_tool(command, log))
 
 
-def write_and_verify(job: Job, output: Path, write: Callable[[Path], None]) -> list[str]:
+def write_and_verify(job: Job, output: Path, write: Callable[[Path], object]) -> list[str]:
     """Have the output written to `partial_path(output)`; rename that when all is as planned.
 
     Args:
@@ -229,36 +222,3 @@ def write_and_verify(job: Job, output: Path, write: Callable[[Path], None]) -> l
     if not differences:
         partial.replace(output)
     return differences
-
-
-def _run(command: list[str], log: Callable[[str], None]) -> None:
-    kept: deque[str] = deque(maxlen=_LOG_LINES_KEPT)
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-    process = subprocess.Popen(command, **options)  # type: ignore[call-overload]
-    try:
-        for line in process.stdout:
-            kept.append(line.rstrip())
-            log(kept[-1])
-        status = process.wait()
-    finally:
-        process.kill()
-        process.wait()
-    if status:
-        lines = [line for line in kept if line and not line.startswith("llama_model_loader: -")]
-        reason = next(
-            (line for line in lines if re.search("fail|error|abort", line, re.I)), (lines or ["no output"])[-1]
-        )
-        raise InputError(f"llama-quantize: exit {status}: {reason}")
-
-
-def _help(tool: Path) -> str:
-    try:
-        finished = subprocess.run(
-            [tool, "--help"], capture_output=True, text=True, errors="replace", timeout=_HELP_SECONDS, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise InputError(f"{tool}: does not run: {error}") from error
-    text = finished.stdout + finished.stderr
-    if "usage" not in text:
-        raise InputError(f"{tool}: --help tells nothing: {(text.strip().splitlines() or ['no output'])[-1]}")
-    return text

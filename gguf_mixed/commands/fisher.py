@@ -32,7 +32,7 @@ def command(
 
         from gguf_mixed import backward
     except ImportError as error:
-        raise InputError(f"{error.name}: not installed: pip install 'vllm-gemma4q[evaluate]'") from error
+        raise InputError(f"{error.name}: not installed: pip install 'vllm-gemma4q[fisher]'") from error
     if threads:
         torch.set_num_threads(threads)
     inventory = read_inventory(model)

@@ -220,6 +220,38 @@ def test_llama_quantize_uses_what_we_write(llama_quantize, tmp_path):
     assert outputs[0] != outputs[2]
 
 
+def test_a_legacy_entry_without_calls(llama_quantize, tmp_path):
+    """Its values are the weights as they are, not nothing: the same file as from a GGUF that says so."""
+    inventory = read_inventory(small_model(tmp_path))
+    random = np.random.default_rng(0)
+    found = {
+        name: ImatrixEntry(random.random((1, item.sums.size), np.float32) + 0.01, np.array([1]))
+        for name, item in imatrix_of(inventory).entries.items()
+    }
+    imatrix = Imatrix(found, ("text",), 1, 1)
+    write_legacy(imatrix, tmp_path / IMATRIX)
+    without = no_calls((tmp_path / IMATRIX).read_bytes())
+    (tmp_path / IMATRIX).write_bytes(without)
+    read = read_imatrix(tmp_path / IMATRIX)
+    outputs = []
+    for write in (lambda: None, lambda: write_imatrix(imatrix, tmp_path / IMATRIX)):
+        write()
+        assert run(tmp_path, {}, "--imatrix", IMATRIX, base="Q4_0").returncode == 0
+        outputs.append((tmp_path / OUTPUT).read_bytes())
+    assert outputs[0] == outputs[1]
+    assert all(np.array_equal(read.entries[name].weights, item.weights) for name, item in found.items())
+
+
+def no_calls(content):
+    """A legacy file with the number of calls of every entry set to 0."""
+    changed, position = bytearray(content), 4
+    for _ in range(int.from_bytes(content[:4], "little")):
+        position += 4 + int.from_bytes(content[position : position + 4], "little")
+        changed[position : position + 4] = bytes(4)
+        position += 8 + 4 * int.from_bytes(content[position + 4 : position + 8], "little")
+    return bytes(changed)
+
+
 def test_llama_quantize_stops_at_another_models_imatrix(llama_quantize, tmp_path):
     inventory = read_inventory(small_model(tmp_path))
     whole = imatrix_of(inventory)

@@ -100,6 +100,12 @@ def test_legacy_files_may_end_after_their_entries(tmp_path):
     assert read_imatrix(path) == Imatrix({"a": ImatrixEntry(np.array([[1, 2]], np.float32), np.array([1]))})
 
 
+def test_values_without_calls_are_the_weights(tmp_path):
+    path = tmp_path / "i.dat"
+    path.write_bytes(legacy(calls=0))
+    assert read_imatrix(path).entries["a"].weights.tolist() == [[1, 2]]
+
+
 @pytest.mark.parametrize("write", [write_imatrix, write_legacy], ids=["gguf", "legacy"])
 def test_cut_files_are_refused(tmp_path, write):
     path = tmp_path / "i.gguf"

@@ -212,7 +212,7 @@ def test_refusals(quantizers, moe, tmp_path):
     other = Imatrix({"blk.9.x.weight": ImatrixEntry(np.ones((1, 4), np.float32), np.array([1]))})
     assert "imatrix is of another model" in refusal(quantizers, moe, imatrix=other)
     assert "got rows [1, 5]" in refusal(quantizers, moe, of_marginals(rows=np.ones((1, 5), np.float32)))
-    assert "none of the types" in refusal(quantizers, moe, types=[T.Q4_K])
+    assert "none of the types" in refusal(quantizers, moe, types=[T.Q1_0])
     (tmp_path / "c").write_text("something of the user's\n")
     assert "is not a cache" in refusal(quantizers, moe, cache=tmp_path / "c")
     assert (tmp_path / "c").read_text() == "something of the user's\n"
