@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 from gemma4q_kernels.ggml import QUANTIZABLE_TYPES, GGMLQuantizationType, type_name
+from rich import box
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
@@ -32,8 +33,10 @@ def command(
         return
     console = Console()
     console.print(_role_table(inventory, groups))
+    print("\n".join([*_restricted(groups), ""]))
     if any(group.fallbacks for group in groups):
         console.print(_fallback_table(groups))
+        print()
     print(_total(inventory))
     if without_data is not None:
         print(f"{imatrix}: of this model; tensors without data: {_some(without_data)}")
@@ -80,19 +83,17 @@ def _role(group: RoleGroup) -> dict[str, Any]:
 
 
 def _role_table(inventory: Inventory, groups: tuple[RoleGroup, ...]) -> Table:
-    table = Table(title=f"{inventory.path.name} ({inventory.architecture})")
-    table.add_column("role")
-    table.add_column("count", justify="right")
-    table.add_column("shape")
-    table.add_column("type")
-    table.add_column("size", justify="right")
-    table.add_column("bpw", justify="right")
-    table.add_column("types that can be written")
+    table = _table(f"{inventory.path.name} ({inventory.architecture})")
+    for heading in ("count", "shape", "type", "size", "bpw"):
+        table.add_column(
+            heading, justify="left" if heading in ("shape", "type") else "right", no_wrap=heading != "type"
+        )
+    table.add_column("can be", overflow="fold")
     for group in groups:
         table.add_row(
-            group.role,
+            _short(group.role),
             str(len(group.tensors)),
-            "\n".join(" x ".join(map(str, shape)) for shape in group.shapes),
+            "\n".join("x".join(map(str, shape)) for shape in group.shapes),
             " ".join(qtype.name for qtype in group.types),
             decimal(group.n_bytes),
             f"{group.bpw:.3f}",
@@ -103,20 +104,17 @@ def _role_table(inventory: Inventory, groups: tuple[RoleGroup, ...]) -> Table:
 
 def _legal(group: RoleGroup) -> str:
     if group.kept_because:
-        return f"never quantized ({group.kept_because})"
-    if len(group.legal_types) == len(QUANTIZABLE_TYPES):
-        return "all"
-    return _names(group.legal_types)
+        return "kept: 1-D" if group.kept_because == "1-D" else "kept: name"
+    return "any type" if len(group.legal_types) == len(QUANTIZABLE_TYPES) else "see below"
 
 
 def _fallback_table(groups: tuple[RoleGroup, ...]) -> Table:
-    table = Table(title="what llama-quantize writes instead, with a warning on its log only")
-    table.add_column("role")
-    table.add_column("row", justify="right")
-    table.add_column("asked for")
-    table.add_column("written")
-    table.add_column("bpw", justify="right")
-    table.add_column("size", justify="right")
+    table = _table("what llama-quantize writes instead, with a warning on its log only")
+    table.add_column("row", justify="right", no_wrap=True)
+    table.add_column("asked for", overflow="fold")
+    table.add_column("written", no_wrap=True)
+    table.add_column("bpw", justify="right", no_wrap=True)
+    table.add_column("size", justify="right", no_wrap=True)
     for group in groups:
         by_written: dict[GGMLQuantizationType | None, list[GGMLQuantizationType]] = {}
         sizes = {item.written: (item.bpw, item.n_bytes) for item in group.fallbacks}
@@ -125,14 +123,37 @@ def _fallback_table(groups: tuple[RoleGroup, ...]) -> Table:
         for written, requested in by_written.items():
             bpw, n_bytes = sizes[written]
             table.add_row(
-                group.role,
+                _short(group.role),
                 str(group.row_length),
                 _names(requested),
-                "stops with an error" if written is None else written.name,
+                "it stops" if written is None else written.name,
                 "" if bpw is None else f"{bpw:.3f}",
                 "" if n_bytes is None else decimal(n_bytes),
             )
     return table
+
+
+def _table(title: str) -> Table:
+    """A table whose first column is the role. Narrow: it must fit the 80 columns that a pipe has."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("role", no_wrap=True)
+    return table
+
+
+def _restricted(groups: tuple[RoleGroup, ...]) -> list[str]:
+    """A line for each set of types that is not all, smallest type first."""
+    by_types: dict[tuple[GGMLQuantizationType, ...], list[RoleGroup]] = {}
+    for group in groups:
+        if not group.kept_because and len(group.legal_types) < len(QUANTIZABLE_TYPES):
+            by_types.setdefault(tuple(group.legal_types), []).append(group)
+    return [
+        f"{', '.join(f'{_short(group.role)} ({group.row_length})' for group in found)} can be {_names(types)}"
+        for types, found in by_types.items()
+    ]
+
+
+def _short(role: str) -> str:
+    return role.removesuffix(".weight")
 
 
 def _names(types: Sequence[GGMLQuantizationType]) -> str:

@@ -12,6 +12,7 @@ from gguf_mixed.errors import InputError
 from gguf_mixed.imatrix_gguf import write_imatrix
 from gguf_mixed.imatrix_legacy import write_legacy
 from gguf_mixed.llama_cpp import find_tool
+from gguf_mixed.roles import group_by_role
 from gguf_mixed.tensors import read_inventory
 
 
@@ -34,11 +35,25 @@ def folder(tmp_path_factory):
 def test_inspect_lists_what_is_legal_and_what_is_replaced(folder):
     finished = gguf_mixed("inspect", folder / "26b.gguf")
     assert (finished.returncode, finished.stderr) == (0, "")
-    lines = [" ".join(line.replace("│", " ").split()) for line in finished.stdout.splitlines()]
-    assert "ffn_gate_up_exps.weight 30 2816 x 1408 x 128 BF16 30.5 GB 16.000 all" in lines
-    assert "ffn_down_exps.weight 704 Q6_K Q8_0 8.500 8.1 GB" in lines
-    assert "ffn_down.weight 2112 Q4_K Q5_0 5.500 122.7 MB" in lines
+    lines = [" ".join(line.split()) for line in finished.stdout.splitlines()]
+    assert "ffn_gate_up_exps 30 2816x1408x128 BF16 30.5 GB 16.000 any type" in lines
+    assert "ffn_down_exps 30 704x2816x128 BF16 15.2 GB 16.000 see below" in lines
+    assert "ffn_gate_inp 30 2816x128 F32 43.3 MB 32.000 kept: name" in lines
+    assert "output_norm 1 2816 F32 11.3 kB 32.000 kept: 1-D" in lines
+    types = "MXFP4 Q4_0 IQ4_NL NVFP4 Q4_1 Q5_0 Q5_1 Q8_0 F16 BF16 F32"
+    assert f"ffn_down_exps (704), ffn_down (2112) can be {types}" in lines
+    assert "ffn_down_exps 704 Q6_K Q8_0 8.500 8.1 GB" in lines
+    assert "ffn_down 2112 Q4_K Q5_0 5.500 122.7 MB" in lines
     assert "658 tensors, 25,233,142,046 parameters, 50.5 GB, 16.007 bpw" in lines
+
+
+def test_inspect_fits_a_pipe(folder):
+    """Where rich takes 80 columns: nothing is cut, and no role takes more lines than it has shapes."""
+    finished = gguf_mixed("inspect", folder / "26b.gguf", COLUMNS="80")
+    table = finished.stdout[: finished.stdout.index("ffn_down_exps (704)")].splitlines()
+    assert "…" not in finished.stdout and max(map(len, table)) <= 80
+    shapes = [group.shapes for group in group_by_role(read_inventory(folder / "26b.gguf"))]
+    assert len(table) == 3 + sum(map(len, shapes))
 
 
 def test_inspect_json(folder):
