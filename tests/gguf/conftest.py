@@ -1,4 +1,7 @@
-"""Fixtures that need a real llama.cpp: tests that ask for one are slow, and build it where it is missing."""
+"""Fixtures for real quantizers: those of a wheel, and of a real llama.cpp.
+
+Tests that ask for llama.cpp are slow, and build it where it is missing.
+"""
 
 import subprocess
 import sys
@@ -7,6 +10,7 @@ from importlib import util
 from pathlib import Path
 
 import pytest
+from gemma4q_kernels.ggml.quantize import Quantizers, find_library
 from small_models import ROOT, convert, converter
 
 from gguf_mixed.errors import InputError
@@ -29,6 +33,14 @@ def llama_quantize() -> Path:
     except InputError:
         subprocess.run([sys.executable, BUILD], check=True)
         return find_tool("llama-quantize")
+
+
+@pytest.fixture(scope="session", params=["wheel", pytest.param("llama.cpp", marks=pytest.mark.slow)])
+def quantizers(request: pytest.FixtureRequest) -> Quantizers:
+    """ggml's quantizers: of the wheel that development has, and of a llama.cpp."""
+    if request.param == "wheel":
+        return Quantizers(find_library([]))
+    return Quantizers(find_library([request.getfixturevalue("llama_quantize").parent], wheels=False))
 
 
 @pytest.fixture(scope="session")

@@ -19,11 +19,6 @@ SAME_BITS = (T.F32, T.F16, T.BF16, T.Q8_0, T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1)
 DECODED = tuple(qtype for qtype in QUANTIZABLE_TYPES if qtype.name != "Q1_0")  # which its version 0.19 cannot read
 
 
-@pytest.fixture(scope="module")
-def quantizers(llama_quantize):
-    return Quantizers(find_library([llama_quantize.parent]))
-
-
 def rows(n=16, length=LENGTH, seed=0):
     return np.random.default_rng(seed).standard_normal((n, length), dtype=np.float32)
 
@@ -139,7 +134,8 @@ def test_a_library_of_another_kind_is_refused():
         Quantizers(Path(other or sys.executable))
 
 
-def test_a_missing_library_is_looked_for(tmp_path):
+def test_a_missing_library_is_looked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [])  # where installed wheels are found
     with pytest.raises(FileNotFoundError, match="not in .*none$"):
         find_library([tmp_path / "none"], wheels=False)
     with pytest.raises(FileNotFoundError, match="the wheel libggml-python"):

@@ -23,11 +23,6 @@ MANY = "blk.0.ffn_up.weight"
 
 
 @pytest.fixture(scope="module")
-def quantizers(llama_quantize):
-    return load_quantizers(llama_quantize.parent)
-
-
-@pytest.fixture(scope="module")
 def moe(tmp_path_factory):
     listed = [entry for entry in small_moe() if "attn_output" not in entry[0]]  # its rows of 100 fit no type of 4 bits
     return read_inventory(write_gguf(tmp_path_factory.mktemp("moe") / "m.gguf", listed, random_weights=True))
