@@ -4,7 +4,18 @@ import sys
 
 import typer
 
-from gguf_mixed.commands import fisher, imatrix, inspect, modelfile, plan, quantize, verify
+from gguf_mixed.commands import (
+    compute_imatrix,
+    divergence,
+    fisher,
+    imatrix,
+    inspect,
+    modelfile,
+    plan,
+    quantize,
+    sweep,
+    verify,
+)
 from gguf_mixed.errors import InputError
 
 EXIT_BAD_INPUT = 2
@@ -19,10 +30,13 @@ app = typer.Typer(
 )
 app.command("inspect")(inspect.command)
 app.command("imatrix")(imatrix.command)
+app.command("compute-imatrix")(compute_imatrix.command)
 app.command("fisher")(fisher.command)
 app.command("plan")(plan.command)
 app.command("quantize")(quantize.command)
 app.command("verify")(verify.command)
+app.command("divergence")(divergence.command)
+app.command("sweep")(sweep.command)
 app.command("modelfile")(modelfile.command)
 
 
