@@ -1,7 +1,8 @@
 """An allocation from end to end: sensitivity and real quantizers -> error table -> the best types for a budget.
 
-The table is measured once and serves every budget. Types that only very small models want are left out unless they are
-asked for: their quantizers are the slowest by far.
+The table is measured once and serves every budget; of a model whose weights are not at hand, only its header, it is a
+prior. Types that only very small models want are left out unless they are asked for: their quantizers are the slowest
+by far.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from gemma4q_kernels.ggml import QUANTIZABLE_TYPES, GGMLQuantizationType
 from gguf_mixed.error_table import ErrorTable
 from gguf_mixed.llama_cpp import cache_folder
 from gguf_mixed.measure import Sampling, load_quantizers, measure
+from gguf_mixed.prior_errors import SOURCE, prior_errors
 from gguf_mixed.recipes.base import Material
 from gguf_mixed.sensitivity import Sensitivity
 from gguf_mixed.sidecar import header_sha256
@@ -39,11 +41,13 @@ def error_table(
     types: Sequence[GGMLQuantizationType] = DEFAULT_TYPES,
     how: Measuring = Measuring(),
 ) -> ErrorTable:
-    """The error table of a model.
+    """The error table of a model: see `describe_errors` for where its errors come from.
 
     Raises:
-        InputError: see `load_quantizers` and `measure`.
+        InputError: see `load_quantizers` and `measure`, or `prior_errors`.
     """
+    if material.inventory.header_only:
+        return prior_errors(material.inventory, sensitivity, material.imatrix, types)
     cache = how.cache or _default_cache(material.inventory)
     cache.parent.mkdir(parents=True, exist_ok=True)
     return measure(
@@ -57,6 +61,11 @@ def error_table(
         cache,
         how.progress,
     )
+
+
+def describe_errors(inventory: Inventory, sampling: Sampling) -> str:
+    """Where the errors of `error_table` come from, for the sidecar."""
+    return SOURCE if inventory.header_only else f"measured, {sampling.n_rows} rows a tensor"
 
 
 def _default_cache(inventory: Inventory) -> Path:

@@ -5,12 +5,14 @@ tensors: expected divergence in nats where a sensitivity was measured. Rows say 
 errors are taken to add up.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from gemma4q_kernels.ggml import GGMLQuantizationType
+from gemma4q_kernels.ggml import FLOAT_TYPES, GGMLQuantizationType
 
 from gguf_mixed.errors import InputError
+from gguf_mixed.imatrix import Imatrix
+from gguf_mixed.tensors import Inventory, Tensor
 
 
 @dataclass(frozen=True)
@@ -52,3 +54,45 @@ class ErrorTable:
 
     def __iter__(self) -> Iterator[ErrorRow]:
         return iter(self.rows)
+
+
+def check_source(inventory: Inventory, imatrix: Imatrix | None) -> None:
+    """Check that a table can be made of this model.
+
+    Raises:
+        InputError: a tensor that would be quantized is not of F32, F16 or BF16, or the imatrix is of another model.
+    """
+    for tensor in inventory.tensors.values():
+        if not tensor.kept_because and tensor.qtype not in FLOAT_TYPES:
+            raise InputError(f"tensor {tensor.name} is {tensor.qtype.name}, expected F32, F16 or BF16")
+    if imatrix is not None:
+        imatrix.matches(inventory)
+
+
+def usable_types(
+    tensor: Tensor,
+    asked: Sequence[GGMLQuantizationType],
+    weighted: bool,
+    known: Collection[GGMLQuantizationType],
+) -> tuple[GGMLQuantizationType, ...]:
+    """Types that a tensor has rows in a table for, smallest first.
+
+    Args:
+        asked: types, each standing for what llama-quantize writes in its place where rows do not fit.
+        weighted: whether there is imatrix data for the tensor; types that need it are left out where there is none.
+        known: types that an error can be told of.
+
+    Raises:
+        InputError: none is left.
+    """
+    types = tuple(
+        qtype
+        for qtype in tensor.written_for(asked)
+        if qtype in known and (weighted or not tensor.requires_imatrix(qtype))
+    )
+    if not types:
+        why = "" if weighted else " without imatrix data"
+        raise InputError(
+            f"tensor {tensor.name}: none of the types asked for can store rows of {tensor.row_length}{why}"
+        )
+    return types

@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from gemma4q_kernels.ggml import FLOAT_TYPES, GGMLQuantizationType, row_bytes
+from gemma4q_kernels.ggml import GGMLQuantizationType, row_bytes
 from gemma4q_kernels.ggml.quantize import Quantizers, find_library
 from tqdm import tqdm
 
 from gguf_mixed.error_cache import ErrorCache, Sums
-from gguf_mixed.error_table import ErrorRow, ErrorTable
+from gguf_mixed.error_table import ErrorRow, ErrorTable, check_source, usable_types
 from gguf_mixed.errors import InputError
 from gguf_mixed.imatrix import Imatrix
 from gguf_mixed.llama_cpp import cache_folder
@@ -94,7 +94,9 @@ def measure(
         InputError: no weights in the file, weights of another type or not finite, an imatrix or sensitivity of
             another model, a file that is not such a cache, or a tensor that no type is left for.
     """
-    _check(inventory, imatrix)
+    if inventory.header_only:
+        raise InputError(f"{inventory.path.name}: holds no weights, only a header: its errors cannot be measured")
+    check_source(inventory, imatrix)
     asked = quantizers.types if types is None else types
     tensors = [tensor for tensor in inventory.tensors.values() if not tensor.kept_because]
     kept = ErrorCache(cache)
@@ -172,11 +174,7 @@ class _Job:
         found = sensitivity.of(tensor)
         found.check(tensor)
         weights = imatrix.weights_of(tensor) if imatrix else None
-        possible = (qtype for qtype in tensor.written_for(asked) if qtype in known)
-        types = tuple(qtype for qtype in possible if weights is not None or not tensor.requires_imatrix(qtype))
-        if not types:
-            raise InputError(f"tensor {tensor.name}: none of the types asked for can store rows of {tensor.row_length}")
-        return cls(tensor, found, weights, types)
+        return cls(tensor, found, weights, usable_types(tensor, asked, weights is not None, known))
 
     @property
     def measured_types(self) -> tuple[GGMLQuantizationType, ...]:
@@ -187,7 +185,7 @@ class _Job:
     @property
     def _anchor_type(self) -> GGMLQuantizationType | None:
         anchor = self.sensitivity.anchor
-        return self.tensor.written_type(anchor.at) if anchor and anchor.at is not None else None
+        return anchor.written(self.tensor) if anchor else None
 
     def digest(self, sampling: Sampling, library: bytes) -> str:
         """Hex digest of all that `sums` depends on."""
@@ -235,27 +233,12 @@ class _Job:
         if anchor is None or error == 0:
             return error
         at = self._anchor_type
-        reference = sums[_ENERGY if at is None else at.name]
-        if not reference > 0:
-            raise InputError(
-                f"tensor {self.tensor.name}: loses nothing at {at.name if at else 'all'}, cannot be scaled"
-            )
-        return anchor.nats * error / reference
+        return anchor.scaled(self.tensor, error, sums[_ENERGY if at is None else at.name])
 
     def _row_weights(self) -> Doubles:
         n_rows = self.tensor.n_elements // self.tensor.row_length
         rows = self.sensitivity.rows
         return np.ones(n_rows) if rows is None else rows.reshape(n_rows).astype(np.float64)
-
-
-def _check(inventory: Inventory, imatrix: Imatrix | None) -> None:
-    if inventory.header_only:
-        raise InputError(f"{inventory.path.name}: holds no weights, only a header: its errors cannot be measured")
-    for tensor in inventory.tensors.values():
-        if not tensor.kept_because and tensor.qtype not in FLOAT_TYPES:
-            raise InputError(f"tensor {tensor.name} is {tensor.qtype.name}, expected F32, F16 or BF16")
-    if imatrix is not None:
-        imatrix.matches(inventory)
 
 
 def _chunks(rows: Integers, n_rows: int) -> Iterator[tuple[int, slice]]:

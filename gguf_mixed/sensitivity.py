@@ -42,6 +42,21 @@ class Anchor:
     nats: float
     at: GGMLQuantizationType | None = None
 
+    def written(self, tensor: Tensor) -> GGMLQuantizationType | None:
+        """The type that the tensor had at the known point, None where its error was as large as its weights."""
+        return None if self.at is None else tensor.written_type(self.at)
+
+    def scaled(self, tensor: Tensor, error: float, reference: float) -> float:
+        """The divergence at `error`, when `reference` is the error at the known point.
+
+        Raises:
+            InputError: nothing was lost there.
+        """
+        if not reference > 0:
+            at = self.at.name if self.at is not None else "all"
+            raise InputError(f"tensor {tensor.name}: loses nothing at {at}, cannot be scaled")
+        return self.nats * error / reference
+
 
 @dataclass(frozen=True, eq=False)
 class TensorSensitivity:

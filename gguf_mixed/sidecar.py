@@ -32,6 +32,7 @@ def describe(
     arguments: Mapping[str, object],
     sensitivity: str,
     divergence: float | None = None,
+    errors: str | None = None,
 ) -> dict[str, Any]:
     """The sidecar's content.
 
@@ -41,6 +42,7 @@ def describe(
         arguments: given to it, and what it says of its choice.
         sensitivity: where the cost of an error in one tensor against another comes from.
         divergence: expected, in nats a token, where that sensitivity was measured.
+        errors: where the error of each type comes from, None where the recipe looks at none.
     """
     inventory = job.inventory
     return {
@@ -58,6 +60,7 @@ def describe(
         "recipe": recipe,
         "arguments": dict(arguments),
         "sensitivity": sensitivity,
+        "errors": errors,
         "predicted": {
             "file_bytes": job.file_bytes,
             "tensor_bytes": job.tensor_bytes,

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from gguf_mixed.allocation import Measuring, error_table
+from gguf_mixed.allocation import Measuring, describe_errors, error_table
 from gguf_mixed.commands import allocation_options as options
 from gguf_mixed.errors import InputError
 from gguf_mixed.measure import N_ROWS, Sampling
@@ -62,24 +62,28 @@ def command(
     if output.exists() and any(output.samefile(header.path) for header in inventory.headers):
         raise InputError(f"{output.name}: is the model itself")
     divergence: float | None = None
+    errors: str | None = None
     if recipe.lower() == OPTIMAL:
         budget = Budget(bpw, None if size is None else options.parse_bytes(size))
         constraints = options.parse_constraints(pin, floor, uniform)
         source = find_sensitivity(sensitivity, inventory, force)
         if not source.measured:
             print(f"note: sensitivity is {source.source}, not measured on this model", file=sys.stderr)
+        if inventory.header_only:
+            print("note: errors of types are a prior: the file holds no weights, only a header", file=sys.stderr)
         how = Measuring(Sampling(rows, seed), threads or os.cpu_count() or 1, cache, sys.stderr.isatty())
         choices = [*options.parse_types(types, backend), *constraints.pins.values()]
         table = error_table(material, source, choices, how)
         choice, described = optimal(material, table, budget, constraints), source.source
-        divergence = sum(choice.errors.values()) if source.measured else None
+        divergence = sum(choice.errors.values()) if source.measured and not inventory.header_only else None
+        errors = describe_errors(inventory, how.sampling)
     else:
         given = {"bpw": bpw, "size": size, "types": types, "backend": backend, "pin": pin, "floor": floor}
         for option in (name for name, value in {**given, "uniform": uniform}.items() if value):
             raise InputError(f"--{option}: recipe {recipe} is a fixed rule, expected --recipe {OPTIMAL} with it")
         choice, described = find_recipe(recipe)(material), FIXED_RULE
     job = Job(inventory, override_table(inventory, choice.types), material.imatrix, imatrix)
-    content = describe(job, choice.types, recipe.lower(), choice.details, described, divergence)
+    content = describe(job, choice.types, recipe.lower(), choice.details, described, divergence, errors)
     try:
         write_plan(output, job.table, content)
     except OSError as error:
@@ -90,6 +94,8 @@ def command(
     Console().print(_by_role(job, choice))
     predicted = content["predicted"]
     print(f"{output}: {len(job.table.types)} tensors, recipe {content['recipe']}; sensitivity: {described}")
+    if errors is not None:
+        print(f"errors of types: {errors}")
     print(f"predicted: {predicted['file_bytes']:,} bytes ({decimal(job.file_bytes)}), {predicted['bpw']:.3f} bpw")
     if divergence is not None:
         print(f"predicted divergence: {divergence:.4g} nats a token")
