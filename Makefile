@@ -8,7 +8,8 @@ RUN := .venv/bin/python
 .PHONY: help environment demo test test-slow lint benchmark small-models clean
 
 help:
-	@echo "make demo [MODEL=folder]  quantize a Gemma 4 to INT8, serve it, report"
+	@echo "make demo [MODEL=folder]  quantize a Gemma 4 to INT8 and serve it, and to GGUF; report"
+	@echo "          [PART=gguf]     one half of it: int8 or gguf"
 	@echo "make test                 the tests (about 10 minutes on 2 cores)"
 	@echo "make test-slow            the tests that take longer"
 	@echo "make lint                 ruff, mypy, typos"
@@ -19,7 +20,7 @@ environment:
 	@$(PYTHON) environment/create.py
 
 demo: environment
-	@$(RUN) examples/demo.py $(if $(MODEL),--model "$(MODEL)")
+	@$(RUN) examples/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(PART),--part $(PART))
 
 test: environment
 	$(RUN) -m pytest -m "not slow" $(ARGS)

@@ -1,137 +1,77 @@
-"""From a BF16 Gemma 4 to a served INT8 one, and a report: what `make demo` runs.
+"""From a BF16 Gemma 4 to a served INT8 one and to a GGUF, and a report: what `make demo` runs.
 
-    .venv/bin/python examples/demo.py [--model CHECKPOINT] [--output demo-output] [--question TEXT]
+    .venv/bin/python examples/demo.py [--model CHECKPOINT] [--part int8|gguf|all] [--output demo-output]
 
-Without --model it takes the small trained Gemma 4 that comes with the repository. Steps: quantize file to
-file, serve the original and then the INT8 checkpoint with `vllm serve`, compare their next-token
-distributions on text neither has seen, and ask both the same question over HTTP.
+Without --model it takes the small trained Gemma 4 that comes with the repository. The parts are `demo_int8` and
+`demo_gguf`; `report.json` in the output folder holds what each found, and is written after each.
 """
 
 import argparse
 import json
 import sys
-import time
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-
-from openai import OpenAI
-from rich.console import Console
-from rich.filesize import decimal
-from tqdm import tqdm
-from transformers import AutoTokenizer
-
-from vllm_gemma4q.checkpoint import open_checkpoint
-from vllm_gemma4q.checkpoint.convert import convert
-from vllm_gemma4q.errors import InputError
-from vllm_gemma4q.evaluation.divergence import Scores, divergence, prompt_scores
-from vllm_gemma4q.evaluation.server import MODEL_NAME, Server, serve
-from vllm_gemma4q.quark_int8 import quantize as quark_int8
-from vllm_gemma4q.summary import to_table
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 SMALL_MODEL = HERE / "small_gemma4" / "dense"
-PROMPTS, PROMPT_TOKENS, TOP = 8, 96, 1000
-# None is needed to serve: they allow TOP scores a position, and skip minutes of compilation.
-MEASURING_FLAGS = ("--max-logprobs", str(TOP), "--max-model-len", "2048", "--enforce-eager")
+BAD_INPUT = 2
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=SMALL_MODEL, help="BF16 Gemma 4 checkpoint folder")
+    parser.add_argument("--part", choices=("int8", "gguf", "all"), default="all")
     parser.add_argument("--output", type=Path, default=Path("demo-output"))
-    parser.add_argument("--question", default="What is the capital of France?")
+    parser.add_argument("--question", default="What is the capital of France?", help="what INT8 and BF16 are asked")
     arguments = parser.parse_args()
-    try:
-        report = run(arguments.model, arguments.output, arguments.question)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    (arguments.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    show(report, arguments.output)
+    if not arguments.model.is_dir():
+        print(f"error: {arguments.model}: not a folder", file=sys.stderr)
+        return BAD_INPUT
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    report: dict[str, dict] = {}
+    if arguments.part != "gguf" and not run_int8(arguments, report):
+        return BAD_INPUT
+    if arguments.part != "int8" and not run_gguf(arguments, report):
+        return BAD_INPUT
+    print(f"Report: {write(arguments.output, report)}; logs beside it")
     return 0
 
 
-def run(model: Path, output: Path, question: str) -> dict:
-    """Quantize `model` into `output`/int8, serve both and measure."""
-    output.mkdir(parents=True, exist_ok=True)
-    target = output / f"{model.resolve().name}-int8"
-    print(f"[1/3] Quantizing {model} to INT8", flush=True)
-    started = time.perf_counter()
-    conversion = quark_int8.plan(open_checkpoint(model))
-    with tqdm(total=conversion.source_bytes, unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
-        convert(conversion, target, ["make", "demo"], bar.update)
-    seconds = time.perf_counter() - started
+def run_int8(arguments: argparse.Namespace, report: dict[str, dict]) -> bool:
+    """Whether the part could be done; if not, one line says why."""
+    import demo_int8
 
-    prompts = held_out_prompts(model)
-    answers, scores, commands = {}, {}, {}
-    for step, (name, checkpoint) in enumerate({"bf16": model, "int8": target}.items(), start=2):
-        print(f"[{step}/3] Serving {checkpoint} with vLLM and measuring it", flush=True)
-        with serve(checkpoint, MEASURING_FLAGS, output / f"vllm-{name}.log") as server:
-            scores[name] = measure(server, prompts)
-            answers[name] = ask(server, question)
-            commands[name] = " ".join(server.command)
-    return {
-        "model": str(model),
-        "checkpoint": str(target),
-        "source_bytes": sum(path.stat().st_size for path in conversion.source.shards),
-        "output_bytes": conversion.output_bytes,
-        "quantize_seconds": round(seconds, 2),
-        "roles": conversion.summary,
-        "divergence": asdict(divergence(scores["bf16"], scores["int8"])),
-        "question": question,
-        "answers": answers,
-        "commands": commands,
-    }
+    from vllm_gemma4q.errors import InputError
+
+    try:
+        report["int8"] = demo_int8.run(arguments.model, arguments.output, arguments.question)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return False
+    write(arguments.output, report)
+    demo_int8.show(report["int8"])
+    return True
 
 
-def held_out_prompts(model: Path) -> list[list[int]]:
-    """Token ids of text that the small model was not trained on, each with the model's first token in front."""
-    from small_gemma4 import held_out
+def run_gguf(arguments: argparse.Namespace, report: dict[str, dict]) -> bool:
+    """Whether the part could be done; if not, one line says why."""
+    import demo_gguf
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    texts = held_out.natural_text()[:PROMPTS]
-    return [
-        [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)][:PROMPT_TOKENS] for text in texts
-    ]
-
-
-def measure(server: Server, prompts: Sequence[Sequence[int]]) -> list[Scores]:
-    client = client_of(server)
-    progress = tqdm(prompts, desc="prompts", disable=not sys.stderr.isatty())
-    return [scores for prompt in progress for scores in prompt_scores(client, MODEL_NAME, prompt, TOP)]
+    try:
+        report["gguf"] = demo_gguf.run(arguments.model, arguments.output)
+    except demo_gguf.StepError as error:
+        print(f"error: GGUF: {error}", file=sys.stderr)
+        return False
+    write(arguments.output, report)
+    demo_gguf.show(report["gguf"])
+    return True
 
 
-def ask(server: Server, question: str) -> str:
-    """The answer of /v1/chat/completions, at temperature 0."""
-    answer = client_of(server).chat.completions.create(
-        model=MODEL_NAME, messages=[{"role": "user", "content": question}], max_tokens=64, temperature=0
-    )
-    return answer.choices[0].message.content or ""
-
-
-def client_of(server: Server) -> OpenAI:
-    return OpenAI(base_url=server.url, api_key="none")
-
-
-def show(report: dict, output: Path) -> None:
-    console = Console(highlight=False, soft_wrap=True)
-    before, after = report["source_bytes"], report["output_bytes"]
-    title = f"{Path(report['model']).name}: BF16 {decimal(before)} -> INT8 {decimal(after)}"
-    console.print(to_table(report["roles"], title))
-    result = report["divergence"]
-    console.print(
-        f"Divergence from BF16 over {result['positions']} positions: mean KLD {result['mean_kld']:.2g} "
-        f"± {result['standard_error']:.1g} nats, 99th percentile {result['p99_kld']:.2g}, "
-        f"same top token {result['same_top']:.1%}"
-    )
-    console.print(f"Question: {report['question']}")
-    for name, answer in report["answers"].items():
-        console.print(f"  {name}: {answer!r}", markup=False)
-    console.print(f"Checkpoint: {report['checkpoint']}", markup=False)
-    console.print(f"Report:     {output / 'report.json'}; server logs beside it", markup=False)
-    console.print(f"Serve it:   vllm serve {report['checkpoint']}", markup=False)
+def write(output: Path, report: dict[str, dict]) -> Path:
+    """Write what is known so far."""
+    path = output / "report.json"
+    path.write_text(json.dumps(report, indent=2) + "\n")
+    return path
 
 
 if __name__ == "__main__":
