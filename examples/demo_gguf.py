@@ -180,7 +180,7 @@ def show(report: dict) -> None:
     for item in report["comparisons"]:
         console.print(
             f"At the size of {item['mix']} ({item['stock_bytes']:,} bytes, ours {item['our_bytes']:,}): mean KLD "
-            f"{item['stock_kld']:.2g} nats from BF16 stock, {item["our_kld"]:.2g} ours: {item['ratio']:.2f} of it"
+            f"{item['stock_kld']:.2g} nats stock, {item['our_kld']:.2g} ours: {item['ratio']:.2f} of it"
         )
     console.print(f"GGUF: {report['gguf']}", markup=False)
     console.print(f"Plot: {report['plot']}", markup=False)
