@@ -2,7 +2,7 @@
 
 A tier is a fixed recipe, or `optimal` for some bits a weight, or `optimal@RECIPE`: for the size of that recipe's file.
 Its predicted divergence is the sum of the table's errors for the types that will be written, for fixed recipes too; it
-is left out where the sensitivity was not measured, or the table lacks a type.
+is left out where the sensitivity was not measured, the weights are not at hand, or the table lacks a type.
 """
 
 from collections.abc import Iterable
@@ -84,12 +84,18 @@ def parse_tiers(recipes: str | None, bpw: str | None) -> list[Tier]:
 
 @dataclass(frozen=True)
 class Planner:
-    """What the plans of all tiers share."""
+    """What the plans of all tiers share. `errors`: where those of the table come from, for the sidecars."""
 
     material: Material
     sensitivity: Sensitivity
     table: ErrorTable
+    errors: str
     constraints: Constraints
+
+    @property
+    def predicts(self) -> bool:
+        """Whether sums of the table's errors are divergences: not where sensitivity or weights are not known."""
+        return self.sensitivity.measured and not self.material.inventory.header_only
 
     def plan(self, tier: Tier) -> Planned:
         """The plan of a tier.
@@ -105,15 +111,15 @@ class Planner:
         else:
             choice, job = self._fixed(tier.recipe)
             described = f"none: the recipe is a fixed rule; divergence predicted by {self.sensitivity.source}"
-        errors = {name: self._errors.get((name, job.written[name])) for name in job.table.types}
+        errors = {name: self._by_type.get((name, job.written[name])) for name in job.table.types}
         missing = sorted({job.written[name].name for name, error in errors.items() if error is None})
-        known = self.sensitivity.measured and not missing
-        divergence = sum(error for error in errors.values() if error is not None) if known else None
-        sidecar = describe(job, choice.types, tier.recipe, choice.details, described, divergence)
-        return Planned(tier, job, sidecar, divergence, tuple(missing))
+        divergence = sum(error for error in errors.values() if error is not None)
+        predicted = divergence if self.predicts and not missing else None
+        sidecar = describe(job, choice.types, tier.recipe, choice.details, described, predicted, self.errors)
+        return Planned(tier, job, sidecar, predicted, tuple(missing))
 
     @cached_property
-    def _errors(self) -> dict[tuple[str, GGMLQuantizationType], float]:
+    def _by_type(self) -> dict[tuple[str, GGMLQuantizationType], float]:
         return {(row.tensor, row.qtype): row.error for row in self.table}
 
     def _fixed(self, recipe: str) -> tuple[Choice, Job]:

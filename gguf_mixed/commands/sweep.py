@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from gguf_mixed.allocation import Measuring, error_table
+from gguf_mixed.allocation import Measuring, describe_errors, error_table
 from gguf_mixed.base_file import Comparison
 from gguf_mixed.commands import allocation_options as options
 from gguf_mixed.commands import comparison_options as comparing
@@ -78,6 +78,10 @@ def command(
         raise InputError("--keep: files are written to be measured: --text FILE")
     chosen = parse_tiers(tiers, bpw)
     material = Material.read(model, imatrix, llama_cpp)
+    if text is not None and material.inventory.header_only:
+        raise InputError(
+            f"{model.name}: holds no weights, only a header: nothing to write and measure; leave --text out"
+        )
     constraints = options.parse_constraints(pin, floor, uniform)
     source = find_sensitivity(sensitivity, material.inventory, force)
     allowed = options.parse_types(types, backend)
@@ -107,9 +111,12 @@ def command(
     if pending:
         if not source.measured:
             _say(f"note: sensitivity is {source.source}, not measured on this model: no divergence is predicted")
+        if material.inventory.header_only:
+            _say("note: errors of types are a prior: the file holds no weights, only a header")
         how = Measuring(Sampling(rows, seed), threads or os.cpu_count() or 1, cache, sys.stderr.isatty())
         table = error_table(material, source, [*allowed, *constraints.pins.values()], how)
-        planned = plan_tiers(Planner(material, source, table, constraints), pending, results)
+        errors = describe_errors(material.inventory, how.sampling)
+        planned = plan_tiers(Planner(material, source, table, errors, constraints), pending, results)
         run_tiers(folder, planned, results, evaluation, _say)
     content = results.content
     drawn = plotted and plot(content, f"{model.name}: size and divergence", folder / PLOT_NAME)
