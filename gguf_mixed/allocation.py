@@ -9,15 +9,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gemma4q_kernels.ggml import QUANTIZABLE_TYPES, GGMLQuantizationType
+from gemma4q_kernels.ggml import QUANTIZABLE_TYPES, GGMLQuantizationType, bits_per_weight
 
-from gguf_mixed.error_table import ErrorTable
+from gguf_mixed.error_table import ErrorRow, ErrorTable, check_source, usable_types
 from gguf_mixed.llama_cpp import cache_folder
 from gguf_mixed.measure import Sampling, load_quantizers, measure
 from gguf_mixed.prior_errors import SOURCE, prior_errors
-from gguf_mixed.recipes.base import Material
+from gguf_mixed.recipes import optimal
+from gguf_mixed.recipes.base import Material, quantizable
+from gguf_mixed.recipes.optimal import Budget
 from gguf_mixed.sensitivity import Sensitivity
 from gguf_mixed.sidecar import header_sha256
+from gguf_mixed.solver import Constraints
 from gguf_mixed.tensors import Inventory
 
 # Ternary types are for models trained so; IQ1 and most of IQ2 quantize at 1 to 8 MB/s.
@@ -61,6 +64,37 @@ def error_table(
         cache,
         how.progress,
     )
+
+
+def check_feasible(
+    material: Material,
+    sensitivity: Sensitivity,
+    types: Sequence[GGMLQuantizationType],
+    budget: Budget,
+    constraints: Constraints,
+) -> None:
+    """Refuse within a second what would be refused after measuring.
+
+    Raises:
+        InputError: a sensitivity of another model, a budget or constraint that cannot be met, no type for a tensor.
+    """
+    header_only = material.inventory.header_only
+    table = error_table(material, sensitivity, types) if header_only else _sizes(material, sensitivity, types)
+    optimal.check_feasible(material, table, budget, constraints)
+
+
+def _sizes(material: Material, sensitivity: Sensitivity, types: Sequence[GGMLQuantizationType]) -> ErrorTable:
+    """The table with errors that only fall with the size."""
+    check_source(material.inventory, material.imatrix)
+    rows = []
+    for tensor in quantizable(material.inventory):
+        sensitivity.of(tensor).check(tensor)
+        weighted = material.imatrix is not None and material.imatrix.weights_of(tensor) is not None
+        rows += [
+            ErrorRow(tensor.name, qtype, tensor.bytes_as(qtype), 1 / bits_per_weight(qtype))
+            for qtype in usable_types(tensor, types, weighted, QUANTIZABLE_TYPES)
+        ]
+    return ErrorTable(rows)
 
 
 def describe_errors(inventory: Inventory, sampling: Sampling) -> str:

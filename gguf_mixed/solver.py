@@ -80,17 +80,26 @@ def solve(table: ErrorTable, budget: int, constraints: Constraints | None = None
         BudgetError: the budget is below the least possible.
         InputError: no type is left for a tensor, or a pattern is not a regular expression or matches no tensor.
     """
-    constraints = constraints or Constraints()
-    _check_patterns(table, constraints)
-    units = _units(table, constraints)
-    options = {unit: _undominated(_options(table, tensors, constraints)) for unit, tensors in units.items()}
-    least = sum(choices[0].n_bytes for choices in options.values())
-    most = sum(choices[-1].n_bytes for choices in options.values())
-    if budget < least:
-        raise BudgetError(budget, least, most)
-    chosen, gap = _choose(list(options.values()), budget)
-    types = {tensor: option.qtype for tensors, option in zip(units.values(), chosen, strict=True) for tensor in tensors}
+    units, options = _demanded(table, budget, constraints or Constraints())
+    chosen, gap = _choose(options, budget)
+    types = {tensor: option.qtype for tensors, option in zip(units, chosen, strict=True) for tensor in tensors}
     return Assignment(types, sum(o.n_bytes for o in chosen), float(sum(o.error for o in chosen)), gap)
+
+
+def check_demands(table: ErrorTable, budget: int, constraints: Constraints | None = None) -> None:
+    """Raise what `solve` would raise, without solving: only sizes count, so any errors do that fall with the size."""
+    _demanded(table, budget, constraints or Constraints())
+
+
+def _demanded(table: ErrorTable, budget: int, constraints: Constraints) -> tuple[list[list[str]], list[list[_Option]]]:
+    """Units of tensors, and the options of each."""
+    _check_patterns(table, constraints)
+    units = list(_units(table, constraints).values())
+    options = [_undominated(_options(table, tensors, constraints)) for tensors in units]
+    least = sum(choices[0].n_bytes for choices in options)
+    if budget < least:
+        raise BudgetError(budget, least, sum(choices[-1].n_bytes for choices in options))
+    return units, options
 
 
 def _check_patterns(table: ErrorTable, constraints: Constraints) -> None:

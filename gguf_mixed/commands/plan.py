@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from gguf_mixed.allocation import Measuring, describe_errors, error_table
+from gguf_mixed.allocation import Measuring, check_feasible, describe_errors, error_table
 from gguf_mixed.commands import allocation_options as options
 from gguf_mixed.errors import InputError
 from gguf_mixed.measure import N_ROWS, Sampling
@@ -66,13 +66,14 @@ def command(
     if recipe.lower() == OPTIMAL:
         budget = Budget(bpw, None if size is None else options.parse_bytes(size))
         constraints = options.parse_constraints(pin, floor, uniform)
+        choices = [*options.parse_types(types, backend), *constraints.pins.values()]
         source = find_sensitivity(sensitivity, inventory, force)
+        check_feasible(material, source, choices, budget, constraints)
         if not source.measured:
             print(f"note: sensitivity is {source.source}, not measured on this model", file=sys.stderr)
         if inventory.header_only:
             print("note: errors of types are a prior: the file holds no weights, only a header", file=sys.stderr)
         how = Measuring(Sampling(rows, seed), threads or os.cpu_count() or 1, cache, sys.stderr.isatty())
-        choices = [*options.parse_types(types, backend), *constraints.pins.values()]
         table = error_table(material, source, choices, how)
         choice, described = optimal(material, table, budget, constraints), source.source
         divergence = sum(choice.errors.values()) if source.measured and not inventory.header_only else None

@@ -4,6 +4,8 @@ The solver knows only the quantizable tensors' bytes; here the header, kept tens
 Not done: measuring the error table.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from gguf_mixed.error_table import ErrorRow, ErrorTable
@@ -11,9 +13,10 @@ from gguf_mixed.errors import InputError
 from gguf_mixed.file_size import header_bytes, metadata_changes
 from gguf_mixed.header import pad
 from gguf_mixed.recipes.base import Choice, Material, quantizable
-from gguf_mixed.solver import BudgetError, Constraints, solve
+from gguf_mixed.solver import BudgetError, Constraints, check_demands, solve
 
 ALIGNMENT = 32
+MOST_BPW = 64  # that of the widest number format
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,8 @@ class Budget:
     def __post_init__(self) -> None:
         if (self.bpw is None) == (self.file_bytes is None):
             raise InputError("budget: expected either bits a weight or a size, and not both")
+        if self.bpw is not None and not 0 < self.bpw <= MOST_BPW:
+            raise InputError(f"budget: got {self.bpw} bits a weight, expected more than 0 and at most {MOST_BPW}")
 
     def __str__(self) -> str:
         return f"{self.bpw:.4g} bpw" if self.bpw is not None else f"a file of {self.file_bytes:,} bytes"
@@ -58,14 +63,28 @@ def optimal(material: Material, table: ErrorTable, budget: Budget, constraints: 
         InputError: the table is of another model, the budget is impossible (says the least and most), or see `solve`.
     """
     usable = _usable(material, table)
-    n_bytes = budget.of_tensors(material, usable)
-    try:
-        found = solve(usable, n_bytes, constraints)
-    except BudgetError as error:
-        least, most = (budget.holding(size, material, usable) for size in (error.least, error.most))
-        raise InputError(f"budget: got {budget}, expected {least} (the least possible) to {most} (the most)") from error
+    with _in_terms_of(budget, material, usable):
+        found = solve(usable, budget.of_tensors(material, usable), constraints)
     errors = {row.tensor: row.error for row in usable if found.types[row.tensor] is row.qtype}
     return Choice(found.types, {"budget": str(budget), "gap": found.gap}, errors)
+
+
+def check_feasible(
+    material: Material, table: ErrorTable, budget: Budget, constraints: Constraints | None = None
+) -> None:
+    """Raise what `optimal` would raise, without solving: only the table's sizes count, so its errors may be guessed."""
+    usable = _usable(material, table)
+    with _in_terms_of(budget, material, usable):
+        check_demands(usable, budget.of_tensors(material, usable), constraints)
+
+
+@contextmanager
+def _in_terms_of(budget: Budget, material: Material, table: ErrorTable) -> Iterator[None]:
+    try:
+        yield
+    except BudgetError as error:
+        least, most = (budget.holding(size, material, table) for size in (error.least, error.most))
+        raise InputError(f"budget: got {budget}, expected {least} (the least possible) to {most} (the most)") from error
 
 
 def _kept_bytes(material: Material) -> int:
