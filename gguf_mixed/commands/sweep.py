@@ -79,9 +79,7 @@ def command(
     chosen = parse_tiers(tiers, bpw)
     material = Material.read(model, imatrix, llama_cpp)
     if text is not None and material.inventory.header_only:
-        raise InputError(
-            f"{model.name}: holds no weights, only a header: nothing to write and measure; leave --text out"
-        )
+        raise InputError(f"{model.name}: holds no weights, only a header: nothing to measure, so no --text")
     constraints = options.parse_constraints(pin, floor, uniform)
     source = find_sensitivity(sensitivity, material.inventory, force)
     allowed = options.parse_types(types, backend)
