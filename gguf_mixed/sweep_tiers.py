@@ -14,6 +14,7 @@ from gemma4q_kernels.ggml import GGMLQuantizationType
 
 from gguf_mixed.error_table import ErrorTable
 from gguf_mixed.errors import InputError
+from gguf_mixed.native_output import native_output_discarded
 from gguf_mixed.overrides import override_table
 from gguf_mixed.quantize import Job
 from gguf_mixed.recipes import RECIPES, Choice, Material, find_recipe
@@ -105,7 +106,8 @@ class Planner:
         """
         if tier.recipe == OPTIMAL:
             budget = Budget(tier.bpw, None if tier.like is None else self._fixed(tier.like)[1].file_bytes)
-            choice = optimal(self.material, self.table, budget, self.constraints)
+            with native_output_discarded():
+                choice = optimal(self.material, self.table, budget, self.constraints)
             job = self._job(choice)
             described = self.sensitivity.source
         else:
