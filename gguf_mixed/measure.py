@@ -34,7 +34,7 @@ Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
-N_ROWS = 256
+N_ROWS = 64
 _ENERGY = "energy"  # beside the types: the same sum of the weights themselves
 _DIGESTED_BYTES = 65536
 _CHUNK_ROWS = 256
@@ -42,7 +42,11 @@ _CHUNK_ROWS = 256
 
 @dataclass(frozen=True)
 class Sampling:
-    """Rows measured in each tensor, and the seed of the draw. 256 rows: the error is known to 3 to 12 percent."""
+    """Rows measured in each tensor, and the seed of the draw.
+
+    On Gemma 3 270M, rows drawn by Fisher information: a tensor's error is known to 8% with 64 rows and to 3% with 256;
+    what allocation loses by it is 0.7% of the divergence with 64.
+    """
 
     n_rows: int = N_ROWS
     seed: int = 0
