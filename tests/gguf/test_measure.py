@@ -18,6 +18,7 @@ from gguf_mixed.sensitivity import Anchor, Sensitivity, TensorSensitivity, role_
 from gguf_mixed.tensors import read_inventory
 
 T = GGMLQuantizationType
+EVERY_ROW = Sampling(4096)
 EXPERTS, PLAIN = "blk.0.ffn_down_exps.weight", "blk.0.attn_k.weight"
 MANY = "blk.0.ffn_up.weight"
 
@@ -161,22 +162,22 @@ def test_threads_change_nothing(quantizers, moe):
 
 def test_an_interrupted_run_is_resumed(quantizers, moe, tmp_path, monkeypatch):
     cache, types = tmp_path / "errors.jsonl", [T.Q4_0, T.Q8_0]
-    expected = measure(moe, quantizers, role_prior(moe), types=types, cache=cache)
+    expected = measure(moe, quantizers, role_prior(moe), types=types, cache=cache, sampling=EVERY_ROW)
     whole = cache.read_text()
     lines = whole.splitlines(keepends=True)
     cache.write_text("".join(lines[:4]) + lines[4][:40])
-    assert measure(moe, quantizers, role_prior(moe), types=types, cache=cache) == expected
+    assert measure(moe, quantizers, role_prior(moe), types=types, cache=cache, sampling=EVERY_ROW) == expected
     assert cache.read_text() == whole
     # A cached sum is used, not measured again: one that was changed by hand shows.
     entry = json.loads(lines[1])
     entry["sums"]["Q8_0"] = 0.0
     cache.write_text("".join([lines[0], json.dumps(entry) + "\n", *lines[2:]]))
-    changed = measure(moe, quantizers, role_prior(moe), types=types, cache=cache)
+    changed = measure(moe, quantizers, role_prior(moe), types=types, cache=cache, sampling=EVERY_ROW)
     assert error_at(changed, entry["tensor"], T.Q8_0) == 0
     # Further types are added to it; other rows are measured apart.
-    measure(moe, quantizers, role_prior(moe), types=[*types, T.Q5_0], cache=cache)
+    measure(moe, quantizers, role_prior(moe), types=[*types, T.Q5_0], cache=cache, sampling=EVERY_ROW)
     assert json.loads(cache.read_text().splitlines()[-1])["sums"].keys() == {"energy", "Q4_0", "Q8_0", "Q5_0"}
-    fresh = measure(moe, quantizers, role_prior(moe), types=types, cache=cache, sampling=Sampling(256, seed=1))
+    fresh = measure(moe, quantizers, role_prior(moe), types=types, cache=cache, sampling=Sampling(4096, seed=1))
     assert fresh == expected
 
 
