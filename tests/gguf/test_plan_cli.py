@@ -106,14 +106,14 @@ def run(files, monkeypatch, capsys):
         ("model.gguf --bpw 9 --pin attn_k", "--pin attn_k: expected REGEX=VALUE"),
         ("model.gguf --bpw 9 --pin attn_k=q4", "'q4' is not a type a model can be quantized to"),
         ("model.gguf --bpw 9 --floor attn_k=some", "--floor some: expected bits a weight"),
-        ("model.gguf --bpw 9 --floor attn_k=99", "tensor blk.0.attn_k.weight: none of MXFP4, "),
+        ("model.gguf --bpw 9 --floor attn_k=99", "tensor blk.0.attn_k.weight: none of Q4_0, "),
         ("model.gguf --bpw 9 --size 1GB", "budget: expected either bits a weight or a size, and not both"),
         ("model.gguf", "budget: expected either bits a weight or a size, and not both"),
         ("model.gguf --bpw inf", "budget: got inf bits a weight, expected more than 0 and at most 64"),
         ("model.gguf --size 1XB", "size '1XB': expected a positive number with a unit, such as 14GiB or 9.8GB"),
         ("model.gguf --size 0", "size '0': expected a positive number with a unit"),
-        ("model.gguf --bpw 1", "budget: got 1 bpw, expected 4.732 bpw (the least possible) to 16.44 bpw (the most)"),
-        ("model.gguf --size 1kB", "budget: got a file of 1,000 bytes, expected a file of 90,432 bytes (the least pos"),
+        ("model.gguf --bpw 1", "budget: got 1 bpw, expected 4.9 bpw (the least possible) to 16.44 bpw (the most)"),
+        ("model.gguf --size 1kB", "budget: got a file of 1,000 bytes, expected a file of 92,480 bytes (the least pos"),
     ],
 )
 def test_refused_in_one_line_before_anything_is_measured(run, files, arguments, message):
