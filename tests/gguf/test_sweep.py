@@ -17,7 +17,7 @@ from gguf_mixed.sensitivity import rows_of_matrix
 from gguf_mixed.sweep_tiers import DEFAULT_BPW, DEFAULT_MIXES, parse_tiers
 from gguf_mixed.tensors import read_inventory
 
-BPW, FIXED = "5,6,8", "uniform-q4_0,optimal@uniform-q4_0,rank15,uniform-tq2_0"
+BPW, FIXED = "5,6,8", "uniform-q4_1,optimal@uniform-q4_1,rank15,uniform-tq2_0"
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def by_name(results):
 
 
 def test_what_is_written(folder, results):
-    names = {"optimal-5", "optimal-6", "optimal-8", "uniform-q4_0", "optimal@uniform-q4_0", "rank15", "uniform-tq2_0"}
+    names = {"optimal-5", "optimal-6", "optimal-8", "uniform-q4_1", "optimal@uniform-q4_1", "rank15", "uniform-tq2_0"}
     assert set(by_name(results)) == names
     files = {path.name for path in (folder / "out").iterdir()}
     tables = {f"{name}.txt{end}" for name in names for end in ("", ".json")}
@@ -70,7 +70,7 @@ def test_sizes_keep_to_the_budgets(folder, results):
     found = by_name(results)
     for bits in (5, 6, 8):
         assert 0.99 * bits < found[f"optimal-{bits}"]["bpw"] <= bits
-    assert found["optimal@uniform-q4_0"]["file_bytes"] <= found["uniform-q4_0"]["file_bytes"]
+    assert found["optimal@uniform-q4_1"]["file_bytes"] <= found["uniform-q4_1"]["file_bytes"]
     for name, entry in found.items():
         content = json.loads((folder / "out" / f"{name}.txt.json").read_text())
         assert content["predicted"]["file_bytes"] == entry["file_bytes"]
@@ -80,9 +80,9 @@ def test_sizes_keep_to_the_budgets(folder, results):
 def test_predictions_of_fixed_recipes_are_of_the_same_table(folder, results):
     found = by_name(results)
     assert found["optimal-5"]["predicted"] > found["optimal-6"]["predicted"] > found["optimal-8"]["predicted"] > 0
-    assert found["optimal@uniform-q4_0"]["predicted"] < found["uniform-q4_0"]["predicted"]
+    assert found["optimal@uniform-q4_1"]["predicted"] < found["uniform-q4_1"]["predicted"]
     assert (found["uniform-tq2_0"]["predicted"], found["uniform-tq2_0"]["not_in_error_table"]) == (None, ["TQ2_0"])
-    assert found["uniform-q4_0"]["not_in_error_table"] == []
+    assert found["uniform-q4_1"]["not_in_error_table"] == []
 
 
 def test_a_sweep_is_what_plan_says(folder, results):
