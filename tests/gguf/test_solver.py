@@ -1,12 +1,14 @@
 """Allocation against exhaustive search, its constraints, and what it refuses."""
 
 import itertools
+import os
 
 import pytest
 from gemma4q_kernels.ggml import GGMLQuantizationType as T
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gguf_mixed import solver
 from gguf_mixed.error_table import ErrorRow, ErrorTable
 from gguf_mixed.errors import InputError
 from gguf_mixed.solver import Constraints, solve
@@ -120,3 +122,16 @@ def test_bad_tables():
         ErrorTable([row, row])
     with pytest.raises(InputError, match="a: Q8_0: got error nan"):
         ErrorTable([ErrorRow("a", T.Q8_0, 1, float("nan"))])
+
+
+def test_what_highs_prints_does_not_reach_standard_output(capfd, monkeypatch):
+    """It prints at rare instances only, such as one of 2000 rows: here it prints at every one."""
+
+    def talkative(*arguments, milp=solver.milp, **options):
+        os.write(1, b"HighsMipSolverData::transformNewIntegerFeasibleSolution\n")
+        return milp(*arguments, **options)
+
+    monkeypatch.setattr(solver, "milp", talkative)
+    solve(model(), 3_800 * MILLION)
+    print("result")
+    assert capfd.readouterr().out == "result\n"
