@@ -17,7 +17,7 @@ def native_output_discarded() -> Iterator[None]:
 
     Of the whole process: not for blocks during which another thread prints.
     """
-    libc = ctypes.CDLL(None)
+    libc = ctypes.CDLL(None)  # the process itself: of its C library, whichever that is
     sys.stdout.flush()
     libc.fflush(None)
     kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)

@@ -5,13 +5,9 @@ solver's lower bound comes with the answer, so `gap` says how far from the best 
 Pure: a table and constraints in, an assignment out.
 """
 
-import contextlib
-import os
 import re
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from gemma4q_kernels.ggml import GGMLQuantizationType, bits_per_weight
@@ -20,6 +16,7 @@ from scipy.sparse import csr_matrix
 
 from gguf_mixed.error_table import ErrorRow, ErrorTable
 from gguf_mixed.errors import InputError
+from gguf_mixed.native_output import native_output_discarded
 
 RELATIVE_GAP = 1e-4
 TIME_LIMIT_SECONDS = 60.0
@@ -174,7 +171,7 @@ def _choose(options: list[list[_Option]], budget: int) -> tuple[list[_Option], f
     least = [choices[0] for choices in options]
     room = max(1 - 2 * _TOLERANCE, sum(option.n_bytes for option in least) / budget) if budget else 0.0
     one_each = csr_matrix((np.ones(len(flat)), (owner, np.arange(len(flat)))), shape=(len(options), len(flat)))
-    with _silent_stdout():
+    with native_output_discarded():
         result = milp(
             errors,
             integrality=np.ones(len(flat)),
@@ -192,20 +189,6 @@ def _choose(options: list[list[_Option]], budget: int) -> tuple[list[_Option], f
     error = sum(option.error for option in chosen)
     bound = float(result.mip_dual_bound) * error_scale
     return chosen, max(0.0, 1 - bound / error) if error else 0.0
-
-
-@contextlib.contextmanager
-def _silent_stdout() -> Iterator[None]:
-    """Nothing on the process's standard output: HiGHS leaves a line there now and then, which is no JSON."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    try:
-        with Path(os.devnull).open("wb") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
 
 
 def _fill(options: list[list[_Option]], chosen: list[_Option], budget: int) -> list[_Option]:

@@ -14,7 +14,6 @@ from gemma4q_kernels.ggml import GGMLQuantizationType
 
 from gguf_mixed.error_table import ErrorTable
 from gguf_mixed.errors import InputError
-from gguf_mixed.native_output import native_output_discarded
 from gguf_mixed.overrides import override_table
 from gguf_mixed.quantize import Job
 from gguf_mixed.recipes import RECIPES, Choice, Material, find_recipe
@@ -106,8 +105,7 @@ class Planner:
         """
         if tier.recipe == OPTIMAL:
             budget = Budget(tier.bpw, None if tier.like is None else self._fixed(tier.like)[1].file_bytes)
-            with native_output_discarded():
-                choice = optimal(self.material, self.table, budget, self.constraints)
+            choice = optimal(self.material, self.table, budget, self.constraints)
             job = self._job(choice)
             described = self.sensitivity.source
         else:
