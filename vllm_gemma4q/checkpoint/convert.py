@@ -4,7 +4,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +25,8 @@ class Conversion:
     """Everything that decides the output of one command.
 
     `steps` are in the order of their sources' bytes; `config` is the new config.json; `summary` goes into the
-    manifest as it is.
+    manifest as it is, and so do `details`, which may name every tensor. Steps may also take tensors from `base`,
+    a second checkpoint of which nothing else is read.
     """
 
     scheme: str
@@ -34,6 +35,8 @@ class Conversion:
     config: Mapping[str, Any]
     summary: Mapping[str, Any]
     max_shard_bytes: int = MAX_SHARD_BYTES
+    details: Mapping[str, Any] = field(default_factory=dict)
+    base: Checkpoint | None = None
 
     @cached_property
     def shards(self) -> list[Shard]:
@@ -50,15 +53,27 @@ class Conversion:
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one it resumes."""
-        plan = [[step.source.name, step.span, [asdict(output) for output in step.outputs]] for step in self.steps]
+        plan = [_decided(step, step.source.path in self.source.shards) for step in self.steps]
         decided = json.dumps([plan, self.config, self.max_shard_bytes], sort_keys=True)
         files = [*self.source.shards, self.source.folder / CONFIG, *sidecars(self.source.folder)]
-        return {
+        identity = {
             "tool version": VERSION,
             "scheme": self.scheme,
             "plan": hashlib.sha256(decided.encode()).hexdigest(),
-            "source": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
+            "source": _stamps(files),
         }
+        return identity if self.base is None else {**identity, "base": _stamps(self.base.shards)}
+
+
+def _decided(step: Step, is_from_source: bool) -> list[Any]:
+    """What a step's bytes depend on beside the files and the scheme."""
+    constants = [constant.data.hex() for constant in step.constants]
+    return [is_from_source, step.source.name, step.span, [asdict(output) for output in step.written], constants]
+
+
+def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:
+    """Size and time of modification of each file."""
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 
 def convert(conversion: Conversion, target: Path, command: Sequence[str], progress: Progress) -> bool:
@@ -74,16 +89,17 @@ def convert(conversion: Conversion, target: Path, command: Sequence[str], progre
     Raises:
         InputError: the target is not ours to write, is full or read-only, or the source is bad (see `rewrite`).
     """
-    source = conversion.source.folder.resolve()
-    if target.resolve().is_relative_to(source) or source.is_relative_to(target.resolve()):
-        raise InputError(f"{target}: the target must lie outside the source {conversion.source.folder}")
+    for checkpoint in (conversion.source, conversion.base):
+        if checkpoint is not None:
+            _refuse_inside(target, checkpoint.folder)
     run = Run(target, conversion.identity())
     if run.is_complete:
         return False
     with run:
         run.require_space(conversion.output_bytes)
         shards = conversion.shards
-        source_hashes = rewrite(shards, run, progress)
+        unhashed = () if conversion.base is None else conversion.base.shards
+        source_hashes = rewrite(shards, run, progress, unhashed)
         copy_sidecars(conversion.source.folder, run)
         if conversion.identity() != run.identity:
             raise InputError(f"{conversion.source.folder}: changed while it was read")
@@ -96,16 +112,22 @@ def convert(conversion: Conversion, target: Path, command: Sequence[str], progre
     return True
 
 
+def _refuse_inside(target: Path, folder: Path) -> None:
+    source = folder.resolve()
+    if target.resolve().is_relative_to(source) or source.is_relative_to(target.resolve()):
+        raise InputError(f"{target}: the target must lie outside the source {folder}")
+
+
 def _index(shards: Iterable[Shard]) -> dict[str, Any]:
     weight_map = {output.name: shard.name for shard in shards for output in shard.outputs}
     return {"metadata": {"total_size": sum(shard.n_bytes for shard in shards)}, "weight_map": weight_map}
 
 
 def _manifest(
-    conversion: Conversion, run: Run, source_hashes: Mapping[str, str], command: Sequence[str], config: bytes
+    conversion: Conversion, run: Run, source_hashes: Mapping[Path, str], command: Sequence[str], config: bytes
 ) -> dict[str, Any]:
     folder = conversion.source.folder
-    hashes = dict(source_hashes)
+    hashes = {path.name: digest for path, digest in source_hashes.items()}
     for path in [folder / CONFIG, *sidecars(folder)]:
         hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
     outputs = {name: {"bytes": file.n_bytes, "sha256": file.sha256} for name, file in sorted(run.finished.items())}
@@ -119,6 +141,7 @@ def _manifest(
             **{name: metadata.version(name) for name in _DEPENDENCIES},
         },
         "summary": conversion.summary,
+        **({"details": conversion.details} if conversion.details else {}),
         "source": {
             name: {"bytes": (folder / name).stat().st_size, "sha256": digest} for name, digest in sorted(hashes.items())
         },

@@ -2,7 +2,8 @@
 
 A step takes one source tensor, or a range of its rows, and yields one or more output tensors that lie
 behind each other in the output. Without a transform the bytes are copied. With one, blocks of rows
-become one array per output: the first is written as it comes, the others (scales) when the step ends.
+become one array per output: the first is written as it comes, the others (scales) when the step ends,
+and behind them constants that the plan knows already.
 
 Three stages overlap: a thread reads and hashes the source, the caller's thread transforms, a thread
 hashes and writes. They share `_BUFFERS` blocks of memory that are allocated once: fresh memory for each
@@ -14,14 +15,14 @@ import math
 import mmap
 import queue
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from vllm_gemma4q.checkpoint.direct_io import aligned_buffer, fits
+from vllm_gemma4q.checkpoint.direct_io import DirectReader, aligned_buffer, fits
 from vllm_gemma4q.checkpoint.hashing import HashingReader, HashingWriter
 from vllm_gemma4q.checkpoint.header import DTYPE_BYTES, TensorInfo, write_header
 from vllm_gemma4q.checkpoint.run import Run
@@ -35,7 +36,10 @@ BLOCK_BYTES = 4 << 20
 # One being read, one being transformed, its result, two being written.
 _BUFFERS = 5
 _ALIGNMENT = 64
-_TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I8": torch.int8}
+_TORCH_DTYPES = {
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,20 @@ class OutputTensor:
 
 
 @dataclass(frozen=True)
+class Constant:
+    """A small tensor whose bytes are known before anything is read, such as a scale that was measured."""
+
+    output: OutputTensor
+    data: bytes
+
+
+@dataclass(frozen=True)
 class Step:
     """What becomes of one source tensor, or of its rows `first_row` to `last_row` (excluded).
 
     `transform(rows, out)` turns a block `[r, row_length]` in the source's dtype into one tensor per output, of
     the output's dtype and of its shape but for r leading rows; it fills those it is given. A ValueError it raises
-    is reported with the source tensor's name.
+    is reported with the source tensor's name. `constants` are written behind the outputs.
     """
 
     source: TensorInfo
@@ -65,6 +77,13 @@ class Step:
     transform: Transform | None = None
     first_row: int = 0
     last_row: int | None = None
+    constants: tuple[Constant, ...] = ()
+
+    @property
+    def written(self) -> Iterator[OutputTensor]:
+        """Every tensor that the step writes, in the order of the file."""
+        yield from self.outputs
+        yield from (constant.output for constant in self.constants)
 
     @property
     def span(self) -> tuple[int, int]:
@@ -76,7 +95,7 @@ class Step:
 
     @property
     def output_bytes(self) -> int:
-        return sum(output.n_bytes for output in self.outputs)
+        return sum(output.n_bytes for output in self.written)
 
 
 @dataclass
@@ -89,7 +108,7 @@ class Shard:
 
     @property
     def outputs(self) -> Iterator[OutputTensor]:
-        return (output for step in self.steps for output in step.outputs)
+        return (output for step in self.steps for output in step.written)
 
     def header(self) -> bytes:
         """What the file starts with; `n_bytes` of tensors follow."""
@@ -110,23 +129,24 @@ def pack(steps: Sequence[Step], max_shard_bytes: int = MAX_SHARD_BYTES) -> list[
     return shards
 
 
-def rewrite(shards: Sequence[Shard], run: Run, progress: Progress) -> dict[str, str]:
+def rewrite(shards: Sequence[Shard], run: Run, progress: Progress, unhashed: Collection[Path] = ()) -> dict[Path, str]:
     """Write every shard that `run` has not finished yet.
 
     Args:
         shards: from `pack`, sources in the order in which their bytes lie on disk.
         progress: called with the number of source bytes consumed.
+        unhashed: source files of which only what the steps name is read.
 
     Returns:
-        SHA-256 of each source file, by name.
+        SHA-256 of each other source file.
 
     Raises:
         InputError: a transform refused a block, a source file changed its size, or the target cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        files: dict[Path, HashingReader] = {}
+        files: dict[Path, HashingReader | DirectReader] = {}
         for path in sorted({step.source.path for shard in shards for step in shard.steps}):
-            files[path] = HashingReader(path)
+            files[path] = DirectReader(path) if path in unhashed else HashingReader(path)
             stack.callback(files[path].close)
         stack.enter_context(_one_torch_thread())
         reader = stack.enter_context(ThreadPoolExecutor(1, "reader"))
@@ -139,7 +159,8 @@ def rewrite(shards: Sequence[Shard], run: Run, progress: Progress) -> dict[str, 
             with run.writing(shard.name) as output:
                 pipeline.write(shard, output)
             run.record(shard.name)
-        return {path.name: reader.submit(file.finish).result() for path, file in files.items()}
+        hashed = {path: file for path, file in files.items() if isinstance(file, HashingReader)}
+        return {path: reader.submit(file.finish).result() for path, file in hashed.items()}
 
 
 @contextlib.contextmanager
@@ -189,7 +210,7 @@ class _Pipeline:
         self,
         reader: ThreadPoolExecutor,
         writer: ThreadPoolExecutor,
-        files: Mapping[Path, HashingReader],
+        files: Mapping[Path, HashingReader | DirectReader],
         progress: Progress,
     ):
         self._reader, self._writer = reader, writer
@@ -223,8 +244,9 @@ class _Pipeline:
         self, block: _Block, data: memoryview, buffer: mmap.mmap, trailing: list[list[bytes]]
     ) -> tuple[list[memoryview | bytes], mmap.mmap]:
         """What to write for a block, and the buffer that holds it until it is written."""
+        constants = [constant.data for constant in block.step.constants] if block.is_last else []
         if block.step.transform is None:
-            return [data], buffer
+            return [data, *constants], buffer
         rows = torch.frombuffer(data, dtype=_TORCH_DTYPES[block.step.source.dtype])
         rows = rows.view(-1, block.step.source.row_length)
         target = self._buffers.get()
@@ -241,7 +263,7 @@ class _Pipeline:
         if block.is_last:
             chunks += [part for column in zip(*trailing, strict=True) for part in column]
             trailing.clear()
-        return chunks, target
+        return chunks + constants, target
 
     def _submit_read(self, block: _Block | None) -> "Future[tuple[_Block, memoryview, mmap.mmap]] | None":
         return None if block is None else self._reader.submit(self._read, block)
