@@ -64,7 +64,8 @@ class Subject:
         texts: calibration and evaluation text, from the command line's two files where given.
         checkpoint: the Hugging Face folder, None where transformers loads the GGUF itself.
         context, chunks, imatrix_chunks: of llama.cpp's programs; length, passes: of the Fisher information.
-        raw: calibrate on plain text: the model has no chat format.
+        raw: calibrate on plain text: the model has no chat format, or is not measured in it.
+        threads: of llama.cpp; its threads wait by spinning, which small models do not repay.
     """
 
     reference: Callable[[Path], Path]
@@ -76,6 +77,7 @@ class Subject:
     length: int
     passes: int
     raw: bool
+    threads: int
 
 
 def wikitext(calibration: Path | None, evaluation: Path | None) -> tuple[str, str]:
@@ -109,11 +111,13 @@ def convert_small(kind: str) -> Callable[[Path], Path]:
 
 def small(kind: str) -> Subject:
     folder = ROOT / "examples" / "small_gemma4" / kind
-    return Subject(convert_small(kind), small_texts, folder, 128, 64, 256, 192, 128, raw=True)
+    return Subject(convert_small(kind), small_texts, folder, 128, 64, 256, 192, 128, raw=True, threads=1)
 
 
 SUBJECTS = {
-    "270m": Subject(lambda work: gemma3_270m.reference(), wikitext, None, 512, 16, 48, 512, 16, raw=True),
+    "270m": Subject(
+        lambda work: gemma3_270m.reference(), wikitext, None, 512, 16, 48, 512, 16, raw=True, threads=THREADS
+    ),
     "dense": small("dense"),
     "moe": small("moe"),
 }
@@ -140,7 +144,7 @@ class Bench:
         if not self.imatrix.exists():
             self._timed("imatrix_seconds", lambda: compute_imatrix(
                 find_tool("llama-imatrix"), self.model, self.calibration, self.imatrix,
-                chunks=subject.imatrix_chunks, context=subject.context, threads=THREADS, process_output=True,
+                chunks=subject.imatrix_chunks, context=subject.context, threads=subject.threads, process_output=True,
             ))  # fmt: skip
         if not self.fisher.exists():
             command = ["fisher", self.model, "-o", self.fisher, "--text", self.calibration]
@@ -149,13 +153,13 @@ class Bench:
             self._timed("fisher_seconds", lambda: gguf_mixed(*command))
         if not self.base.exists():
             tool = find_tool("llama-perplexity")
-            options = {"chunks": subject.chunks, "context": subject.context, "threads": THREADS}
+            options = {"chunks": subject.chunks, "context": subject.context, "threads": subject.threads}
             write_base(tool, self.model, self.evaluation, self.base, **options)
 
     def run(self) -> None:
         material = Material.read(self.model, self.imatrix)
         sensitivity = find_sensitivity(str(self.fisher), material.inventory)
-        how = Measuring(Sampling(), THREADS, self.work / "errors.jsonl", progress=sys.stderr.isatty())
+        how = Measuring(Sampling(), self.subject.threads, self.work / "errors.jsonl", progress=sys.stderr.isatty())
         table = error_table(material, sensitivity, how=how)
         for rival in RIVALS:
             choice = find_recipe(rival)(material)
@@ -178,12 +182,14 @@ class Bench:
         job = Job(material.inventory, override_table(material.inventory, types), material.imatrix, self.imatrix)
         output, listed = self.work / "candidate.gguf", self.work / "candidate.txt"
         listed.write_text(job.table.text)
-        command = build_command(find_tool("llama-quantize"), job, listed, partial_path(output), threads=THREADS)
+        command = build_command(
+            find_tool("llama-quantize"), job, listed, partial_path(output), threads=self.subject.threads
+        )
         started = time.perf_counter()
         if differences := run_and_verify(job, command, output, lambda line: None):
             sys.exit(f"error: {label}: {differences[0]}")
         seconds = time.perf_counter() - started
-        found = divergence(find_tool("llama-perplexity"), output, self.base, threads=THREADS)
+        found = divergence(find_tool("llama-perplexity"), output, self.base, threads=self.subject.threads)
         self._keep(label, {
             "bytes": output.stat().st_size, "bpw": job.bpw, "predicted_kld": predicted, "mean_kld": found.mean_kld,
             "mean_kld_error": found.mean_kld_error, "p99_kld": found.p99_kld, "same_top": found.same_top,

@@ -65,3 +65,8 @@ FISHER_OF_DRAWN_LABELS = 0.1
 # correlation, greatest factor between the totals). Measured: dense 0.991 and 1.004; MoE 0.921 and 0.47, since no
 # gradient sees that a small error may send a token to other experts. Shifted by three tensors: 0.19 and 0.03.
 FISHER_PREDICTION = (0.9, 2.5)
+
+# fp8_scaled_mm against float64: products are exact, sums are float32 in another order, then the output dtype.
+FP8_SCALED_MM = {torch.float32: 2e-6, torch.bfloat16: 2.5e-3, torch.float16: 3e-4}
+# Its experts: float32 noise flips a rounding of the intermediate now and then, which moves it by up to an eighth.
+FP8_MOE = {torch.float32: 2e-3, torch.bfloat16: 4e-3}
