@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from vllm_gemma4q.commands import quantize
+from vllm_gemma4q.commands import calibrate, quantize
 from vllm_gemma4q.errors import InputError
 
 EXIT_BAD_INPUT = 2
@@ -17,6 +17,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("calibrate")(calibrate.command)
 app.command("quantize")(quantize.command)
 
 

@@ -1,8 +1,5 @@
-"""The one exception that a user is meant to see."""
+"""The one exception that a user is meant to see: the same one for both commands, since they share code."""
 
+from gguf_mixed.errors import InputError
 
-class InputError(Exception):
-    """Bad input: one line that names the tensor, key or file, what was found and what was expected.
-
-    Commands print it as `error: <message>` and exit with code 2.
-    """
+__all__ = ["InputError"]

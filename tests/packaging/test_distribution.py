@@ -83,7 +83,7 @@ def test_imports_stay_light(module, never):
 
 @pytest.mark.parametrize("package", ["kernels/gemma4q_kernels", "gguf_mixed"])
 def test_imports_go_one_way(package):
-    """vllm_gemma4q -> gemma4q_kernels <- gguf_mixed, and only what vLLM loads imports vLLM at module level."""
+    """vllm_gemma4q -> gguf_mixed -> gemma4q_kernels, and only what vLLM loads imports vLLM at module level."""
     for path in (ROOT / package).rglob("*.py"):
         for line in path.read_text().splitlines():
             assert not line.startswith(("import vllm", "from vllm")), f"{path}: {line}"

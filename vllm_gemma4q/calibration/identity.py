@@ -1,0 +1,34 @@
+"""Which model statistics are of: a digest that moves with the files, not with their times or their folder."""
+
+import hashlib
+
+from vllm_gemma4q.calibration.statistics import Statistics
+from vllm_gemma4q.checkpoint import Checkpoint
+from vllm_gemma4q.checkpoint.reader import CONFIG
+from vllm_gemma4q.errors import InputError
+
+_BYTES_OF_TENSOR = 4096
+
+
+def model_identity(checkpoint: Checkpoint) -> dict[str, str]:
+    """Folder's name, and SHA-256 over config.json and each tensor's name, dtype, shape and first 4096 bytes.
+
+    Independent of how tensors are distributed over shards. Two fine-tunes differ in it.
+    """
+    digest = hashlib.sha256((checkpoint.folder / CONFIG).read_bytes())
+    for name, tensor in sorted(checkpoint.tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+        with tensor.path.open("rb") as file:
+            file.seek(tensor.start)
+            digest.update(file.read(min(_BYTES_OF_TENSOR, tensor.end - tensor.start)))
+    return {"name": checkpoint.folder.resolve().name, "sha256": digest.hexdigest()}
+
+
+def check_same_model(statistics: Statistics, checkpoint: Checkpoint) -> None:
+    """Raises InputError: the statistics were made with another checkpoint."""
+    found, expected = statistics.details.get("model") or {}, model_identity(checkpoint)
+    if found.get("sha256") != expected["sha256"]:
+        raise InputError(
+            f"{statistics.path.name}: statistics of another model: {found.get('name')} "
+            f"({str(found.get('sha256'))[:8]}), expected {expected['name']} ({expected['sha256'][:8]})"
+        )

@@ -1,0 +1,137 @@
+"""The work folder of one calibration: parts of the result, and activations from which a killed run goes on.
+
+`checkpoint.run.Run` holds it: its journal is the lock, knows the run's identity and every finished part. A part is one
+layer's sums as safetensors. Activations lie beside the parts, under their final name only when they are whole.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from vllm_gemma4q.calibration.statistics import Array
+from vllm_gemma4q.checkpoint.header import DTYPE_BYTES, TensorInfo, read_header, write_header
+from vllm_gemma4q.checkpoint.run import Run, WriteError
+from vllm_gemma4q.errors import InputError
+
+_BLOCK_BYTES = 1 << 24
+_DTYPES = {"float32": "F32", "float64": "F64", "int32": "I32", "int64": "I64"}
+
+
+class Work:
+    """Exclusive hold of the folder, as a context manager.
+
+    Args:
+        folder: created when absent; otherwise empty or left by a run of the same identity.
+        identity: JSON values that decide every byte of the result.
+
+    Bad input removes what was written; any other end keeps it for the next run of the same command.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]):
+        self.folder = folder
+        self._run = Run(folder, identity)
+
+    def __enter__(self) -> Self:
+        self._run.__enter__()
+        for path in self.folder.glob("*.partial"):
+            path.unlink()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if kind is not None and issubclass(kind, InputError) and not issubclass(kind, WriteError):
+            self.drop_activations()
+        self._run.__exit__(kind, error, tb)
+
+    def has(self, part: str) -> bool:
+        """Whether a part is finished, by this run or one that it resumes."""
+        return self.part(part).name in self._run.finished
+
+    def part(self, name: str) -> Path:
+        """Where a finished part lies."""
+        return self.folder / f"{name}.safetensors"
+
+    def activations(self, name: str) -> Path:
+        """Where activations lie."""
+        return self.folder / f"{name}.bin"
+
+    def drop_activations(self, name: str = "*") -> None:
+        """Remove activations that are no longer needed; `name` may hold wildcards."""
+        for path in self.folder.glob(f"{name}.bin"):
+            path.unlink()
+
+    def write_part(self, name: str, arrays: Mapping[str, Array]) -> None:
+        """Write a part and note it in the journal."""
+        file_name = self.part(name).name
+        ordered = sorted(arrays.items(), key=lambda item: (-item[1].itemsize, item[0]))
+        with self._run.writing(file_name) as file:
+            file.write(write_header((key, _DTYPES[array.dtype.name], array.shape) for key, array in ordered))
+            for _, array in ordered:
+                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        self._run.record(file_name)
+
+    def read_part(self, name: str) -> dict[str, Array]:
+        """A finished part's arrays."""
+        return load_file(self.part(name))
+
+    def complete(self) -> None:
+        """The result is written: remove everything."""
+        self.drop_activations()
+        for name in self._run.finished:
+            (self.folder / name).unlink(missing_ok=True)
+        self._run.complete()
+        self.folder.rmdir()
+
+
+def join_parts(path: Path, parts: Sequence[Path], metadata: Mapping[str, str]) -> None:
+    """Put safetensors files together into one, a block in memory at a time; it appears only when it is complete.
+
+    Raises:
+        WriteError: `path` cannot be written.
+    """
+    tensors = [tensor for part in parts for tensor in read_header(part).values()]
+    tensors.sort(key=lambda tensor: (-DTYPE_BYTES[tensor.dtype], tensor.name))
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(_header(tensors, metadata))
+            for tensor in tensors:
+                file.writelines(_blocks(tensor))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise WriteError(f"{path}: cannot be written: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _header(tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for tensor in tensors:
+        end = offset + tensor.end - tensor.start
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _blocks(tensor: TensorInfo) -> Iterator[bytes]:
+    with tensor.path.open("rb") as file:
+        file.seek(tensor.start)
+        left = tensor.end - tensor.start
+        while left:
+            block = file.read(min(left, _BLOCK_BYTES))
+            if not block:
+                raise InputError(f"{tensor.path}: ended early")
+            yield block
+            left -= len(block)

@@ -1,0 +1,78 @@
+"""`gemma4q calibrate SRC STATS --text FILE`"""
+
+import json
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+from vllm_gemma4q.checkpoint import open_checkpoint
+from vllm_gemma4q.errors import InputError
+from vllm_gemma4q.sizes import parse_size
+
+
+class Dtype(StrEnum):
+    """What to compute in."""
+
+    AUTO = "auto"
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+
+
+class Device(StrEnum):
+    """Where to compute."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+def command(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="BF16 Gemma 4 checkpoint folder.")],
+    target: Annotated[Path, typer.Argument(metavar="STATS", help="The statistics file to write (.safetensors).")],
+    text: Annotated[list[Path], typer.Option(metavar="FILE", help="UTF-8 text to calibrate on. Repeatable.")],
+    samples: Annotated[int, typer.Option(min=1, help="Samples of text.")] = 512,
+    max_length: Annotated[int, typer.Option(min=1, help="Tokens of a sample, at most.")] = 2048,
+    raw: Annotated[bool, typer.Option("--raw", help="Plain text instead of the model's chat template.")] = False,
+    hessians: Annotated[
+        bool, typer.Option("--hessians", help="Also sum x x^T of every linear: gigabytes a layer.")
+    ] = False,
+    activations_limit: Annotated[
+        str, typer.Option(metavar="SIZE", help="Activations kept in memory; more go to the work folder.")
+    ] = "4GiB",
+    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.CPU,
+    dtype: Annotated[
+        Dtype, typer.Option(help="What to compute in; auto: what the weights are stored in.")
+    ] = Dtype.AUTO,
+    work: Annotated[Path | None, typer.Option(metavar="DIR", help="Work folder; STATS.work where not given.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+) -> None:
+    """Run a model over text, one layer in memory at a time, and keep statistics. Run it again to resume."""
+    import torch
+
+    if device is Device.CUDA and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no GPU")
+    try:
+        from vllm_gemma4q.calibration.calibrate import Calibration, calibrate
+        from vllm_gemma4q.calibration.decoder import Decoder
+        from vllm_gemma4q.calibration.texts import load_samples
+    except ImportError as error:
+        raise InputError(f"{error.name}: not installed: pip install 'vllm-gemma4q[fisher]'") from error
+    limit = parse_size(activations_limit)
+    chosen = None if dtype is Dtype.AUTO else getattr(torch, dtype.value)
+    decoder = Decoder(open_checkpoint(source), chosen, device.value)
+    calibration = Calibration(
+        decoder, load_samples(source, text, samples, max_length, raw), max_length, limit, hessians
+    )
+    folder = work or target.with_name(target.name + ".work")
+    with tqdm(total=calibration.n_steps, unit="token layer", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+        written = calibrate(calibration, target, folder, bar.update)
+    report: dict[str, Any] = {"target": str(target), "written": written, **calibration.details()}
+    if as_json:
+        print(json.dumps(report))
+    elif written:
+        print(f"{target}: {report['samples']} samples, {report['tokens']:,} tokens, {report['framing']}")
+    else:
+        print(f"{target} is already complete: nothing to do.")
