@@ -148,7 +148,8 @@ class Bench:
             ))  # fmt: skip
         if not self.fisher.exists():
             command = ["fisher", self.model, "-o", self.fisher, "--text", self.calibration]
-            command += ["--passes", subject.passes, "--length", subject.length, *(["--raw"] if subject.raw else [])]
+            command += ["--passes", subject.passes, "--length", subject.length, "--threads", subject.threads]
+            command += ["--raw"] if subject.raw else []
             command += ["--checkpoint", subject.checkpoint] if subject.checkpoint else []
             self._timed("fisher_seconds", lambda: gguf_mixed(*command))
         if not self.base.exists():

@@ -15,6 +15,7 @@ from gguf_mixed.commands import (
     quantize,
     sweep,
     verify,
+    weigh_imatrix,
 )
 from gguf_mixed.errors import InputError
 
@@ -32,6 +33,7 @@ app.command("inspect")(inspect.command)
 app.command("imatrix")(imatrix.command)
 app.command("compute-imatrix")(compute_imatrix.command)
 app.command("fisher")(fisher.command)
+app.command("weigh-imatrix")(weigh_imatrix.command)
 app.command("plan")(plan.command)
 app.command("quantize")(quantize.command)
 app.command("verify")(verify.command)

@@ -1,0 +1,29 @@
+"""`gguf-mixed weigh-imatrix imatrix.gguf fisher.safetensors -o weighed.gguf`"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gguf_mixed.errors import InputError
+from gguf_mixed.fisher import read_fisher
+from gguf_mixed.fisher_imatrix import weigh_imatrix
+from gguf_mixed.imatrix_gguf import read_imatrix, write_imatrix
+
+
+def command(
+    imatrix: Annotated[Path, typer.Argument(metavar="IMATRIX", help="An imatrix: GGUF, or the older .dat.")],
+    fisher: Annotated[Path, typer.Argument(metavar="FISHER", help="What `gguf-mixed fisher` wrote for the model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The imatrix to write, GGUF.")],
+) -> None:
+    """Write an imatrix whose channels weigh by how far they move the model's output, not by their energy alone."""
+    source = read_imatrix(imatrix)
+    weighed, unchanged = weigh_imatrix(source, read_fisher(fisher))
+    if len(unchanged) == len(source.entries):
+        raise InputError(f"{fisher.name}: of another model: covers no tensor of {imatrix.name}")
+    try:
+        write_imatrix(weighed, output)
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written: {error.strerror}") from error
+    rest = f", {len(unchanged)} as they were ({', '.join(unchanged)})" if unchanged else ""
+    print(f"{output}: {len(source.entries) - len(unchanged)} entries weighed{rest}")
