@@ -70,3 +70,14 @@ FISHER_PREDICTION = (0.9, 2.5)
 FP8_SCALED_MM = {torch.float32: 2e-6, torch.bfloat16: 2.5e-3, torch.float16: 3e-4}
 # Its experts: float32 noise flips a rounding of the intermediate now and then, which moves it by up to an eighth.
 FP8_MOE = {torch.float32: 2e-3, torch.bfloat16: 4e-3}
+
+# FP8 scales from a histogram of eight bins an octave, against the values that were counted: relative deviation of a
+# percentile and of the squared error of rounding. Measured: 0.0046 and 0.052; values times 1.1: 0.095 and 0.26.
+FP8_HISTOGRAM_PERCENTILE = 0.01
+FP8_HISTOGRAM_ERROR = 0.1
+
+# Streamed calibration against hooks on the whole model in transformers, float32: relative deviation of sums, and share
+# of values in another bin of the histogram. Measured: 3e-7 and 0; with one matrix of an earlier layer scaled by 1.1:
+# see the test.
+CALIBRATION = 3e-6
+CALIBRATION_HISTOGRAM = 1e-4
