@@ -23,6 +23,9 @@ from gguf_mixed.errors import InputError
 from gguf_mixed.llama_cpp import Log, error_line, inference_options, last_line, run_tool
 from gguf_mixed.tensors import read_inventory
 
+# The program does not wait for its log at exit, so that the last lines, which hold the figures, may be lost; the more
+# processes share the cores, the more often.
+_MOST_RUNS = 5
 LEAST_POSITIONS = 100  # llama-perplexity makes no statistics of fewer
 DEFAULT_CONTEXT = 512
 
@@ -182,9 +185,10 @@ def divergence(
         raise InputError(f"{base_path.name}: {base.positions} positions, at least {LEAST_POSITIONS} are needed")
     command = [str(tool), "-m", str(model), "--kl-divergence", "--kl-divergence-base", str(base_path)]
     command += [*_context_options(base.context), *inference_options(tool, threads)]
-    lines = run_tool(command, log)
-    if not _is_complete(lines):  # the last lines of a run can be lost: see `llama_cpp`
+    for _ in range(_MOST_RUNS):
         lines = run_tool(command, log)
+        if _is_complete(lines):
+            break
     return parse_divergence(lines, base)
 
 
