@@ -43,7 +43,7 @@ def test_registering_twice_changes_nothing() -> None:
     assert get_quantization_config(METHOD_NAME) is QuarkInt8Config
     assert get_quantization_config("quark") is QuarkConfig
     assert ModelRegistry.models["Gemma4ForCausalLM"] is model
-    assert model.load_model_cls().__module__ == "vllm_gemma4q.quark_int8.model"
+    assert model.load_model_cls().__module__ == "vllm_gemma4q.model"
 
 
 @pytest.mark.engine
@@ -128,7 +128,7 @@ def test_vllm_serve_shows_the_refusal(dense: Family, tmp_path: Path) -> None:
     )
     assert done.returncode != 0
     last_line = done.stderr.rstrip().rpartition("\n")[2]
-    assert last_line.startswith(f"vllm_gemma4q.errors.InputError: tensor {name}: got nothing (missing), expected BF16")
+    assert f".errors.InputError: tensor {name}: got nothing (missing), expected BF16" in last_line
 
 
 def _without_a_scale(family: Family, folder: Path) -> tuple[Path, str]:

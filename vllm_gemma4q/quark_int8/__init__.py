@@ -2,5 +2,5 @@
 
 `format.py` and `quantize.py` write checkpoints. `scheme.py` recognises the scheme in a `quantization_config`,
 `facts.py` decides per module from a checkpoint's headers what is int8, `mend.py` turns other layouts into vLLM's;
-`config.py`, `linear.py`, `moe.py` and `model.py` are what vLLM loads. Importing this package imports no engine.
+`config.py`, `linear.py` and `moe.py` are what vLLM loads. Importing this package imports no engine.
 """

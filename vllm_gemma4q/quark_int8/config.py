@@ -6,7 +6,8 @@ not claimed goes to vLLM untouched.
 """
 
 import json
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.logger import init_logger
@@ -16,7 +17,11 @@ from vllm.platforms import current_platform
 from vllm_gemma4q.architecture import parse_text_architecture
 from vllm_gemma4q.quark_int8.facts import Facts, disagreements, read_facts, relative_name
 from vllm_gemma4q.quark_int8.headers import find_headers
+from vllm_gemma4q.quark_int8.mend import mend
 from vllm_gemma4q.quark_int8.scheme import METHOD_NAME, claims
+
+if TYPE_CHECKING:
+    from vllm_gemma4q.model import Mender
 
 logger = init_logger(__name__)
 
@@ -66,6 +71,10 @@ class QuarkInt8Config(QuantizationConfig):
         if self.facts is None:
             raise RuntimeError("the checkpoint's headers were not read: maybe_update_config did not run")
         return self.facts.is_int8(prefix)
+
+    def weight_mender(self) -> "Mender | None":
+        """What the model streams its tensors through (see `vllm_gemma4q.model`)."""
+        return None if self.facts is None else partial(mend, int8_norms=self.facts.int8_norms, half_norms={})
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """vLLM's or our method for a layer; None where vLLM's default for unquantized layers applies."""

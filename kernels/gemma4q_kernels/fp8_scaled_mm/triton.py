@@ -120,10 +120,7 @@ def scaled_mm_kernel(
         else:
             x = tl.load(x_ptrs, mask=offsets_k[None, :] < K - k, other=0.0)
             w = tl.load(w_ptrs, mask=offsets_k[:, None] < K - k, other=0.0)
-        if NATIVE:
-            accumulator = tl.dot(x, w, accumulator)
-        else:
-            accumulator = tl.dot(_widen(x), _widen(w), accumulator)
+        accumulator = tl.dot(x, w, accumulator) if NATIVE else tl.dot(_widen(x), _widen(w), accumulator)
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K
 

@@ -1,0 +1,215 @@
+"""Experts in FP8 with static scales: vLLM's kernels on GPUs that have them, ours elsewhere.
+
+vLLM's kernels take one weight scale for an expert's gate and up together, and stock vLLM rounds both again to the
+larger of theirs. Here no weight is rounded twice: `up` is linear in what follows, so its scale moves into that of
+`down`, and what is between them is quantized with an input scale that moved the other way (see `fold_up_scale`).
+
+Parameters of ours, loaded and sharded by vLLM's `RoutedExperts` (E local experts, I per tensor-parallel rank):
+    w13_weight [E, 2I, H] E4M3, rows: gate, then up    w13_weight_scale [E, 2] or [E, 2I]   w13_input_scale [E]
+    w2_weight  [E, H, I]  E4M3                         w2_weight_scale  [E] or [E, H]       w2_input_scale  [E]
+Not done: LoRA on experts, EPLB on a CPU, one weight scale a row on GPUs (vLLM has no kernel with static inputs).
+"""
+
+from typing import Any
+
+import torch
+from gemma4q_kernels import fp8_scaled_mm
+from gemma4q_kernels.grouped_mm import ACTIVATIONS
+from vllm.model_executor.layers.fused_moe import FusedMoeWeightScaleSupported, RoutedExperts
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8MoEMethod
+from vllm.model_executor.layers.quantization.utils.fp8_utils import process_fp8_input_tensor_strategy_moe
+from vllm.model_executor.layers.quantization.utils.w8a8_utils import normalize_e4m3fn_to_e4m3fnuz
+from vllm.model_executor.utils import replace_parameter, set_weight_attrs
+from vllm.platforms import current_platform
+
+from vllm_gemma4q.fp8_static.linear import check_scales, engine_has_kernels
+
+_SCALES = ("w13_weight_scale", "w2_weight_scale", "w13_input_scale", "w2_input_scale")
+
+
+def fp8_experts_method(layer: RoutedExperts, by_channel: bool) -> FusedMoEMethodBase:
+    """The method for one layer's experts.
+
+    Args:
+        by_channel: each row of a weight has its own scale.
+
+    Raises:
+        NotImplementedError: no method serves this configuration on this platform.
+    """
+    moe = layer.moe_config
+    if not engine_has_kernels() and moe.moe_backend == "auto":
+        return DecodedFp8MoEMethod(moe, by_channel)
+    if by_channel:
+        raise NotImplementedError(
+            "FP8 experts: got one weight scale a row with static inputs, expected one a weight: "
+            "vLLM has no kernel for them on this platform"
+        )
+    return FoldedFp8MoEMethod(Fp8Config(activation_scheme="static"), layer)
+
+
+def fold_up_scale(
+    w13_scale: torch.Tensor, w2_scale: torch.Tensor, w2_input_scale: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scales under which gate and up share one, and the experts compute the same function.
+
+    With gate's scale g taken for up's u, up and its product with the activation come out g/u times as large. So `down`
+    is scaled by u/g, and its input scale by g/u.
+
+    Args:
+        w13_scale: [E, 2], gate's and up's.
+        w2_scale, w2_input_scale: [E].
+
+    Returns:
+        The same three, both columns of the first being gate's.
+    """
+    gate, up = w13_scale.unbind(dim=1)
+    return gate.unsqueeze(1).expand(-1, 2).contiguous(), w2_scale * up / gate, w2_input_scale * gate / up
+
+
+class FoldedFp8MoEMethod(Fp8MoEMethod):
+    """vLLM's method, without its second rounding of gate and up."""
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        for name in _SCALES:
+            check_scales(layer.layer_name, name, getattr(layer, name))
+        w13, w2 = layer.w13_weight.data, layer.w2_weight.data
+        w13_input = layer.w13_input_scale.data
+        w13_scale, w2_scale, w2_input = fold_up_scale(
+            layer.w13_weight_scale.data, layer.w2_weight_scale.data, layer.w2_input_scale.data
+        )
+        if current_platform.is_fp8_fnuz():
+            w13, w13_scale, w13_input = normalize_e4m3fn_to_e4m3fnuz(w13, w13_scale, w13_input)
+            w2, w2_scale, w2_input = normalize_e4m3fn_to_e4m3fnuz(w2, w2_scale, w2_input)
+        eplb = layer.moe_config.moe_parallel_config.enable_eplb
+        w13_input, w2_input = process_fp8_input_tensor_strategy_moe(w13_input, w2_input, eplb)
+        replace_parameter(layer, "w13_input_scale", w13_input)
+        replace_parameter(layer, "w2_input_scale", w2_input)
+        self._setup_kernel(layer, w13, w2, w13_scale[:, 0].contiguous(), w2_scale, w13_input, w2_input)
+
+
+def _refusal(moe: FusedMoEConfig) -> str | None:
+    """Why our experts cannot serve a configuration, None where they can."""
+    if moe.activation.value not in ACTIVATIONS:
+        return f"activation is {moe.activation.value}, expected one of {', '.join(ACTIVATIONS)}"
+    if moe.has_bias:
+        return "experts have biases, expected none"
+    if moe.is_lora_enabled:
+        return "LoRA is enabled, expected off for FP8 experts without FP8 kernels"
+    return None
+
+
+class DecodedFp8MoEMethod(FusedMoEMethodBase):
+    """W8A8 FP8 experts without FP8 instructions, two multiplications for each active expert."""
+
+    def __init__(self, moe: FusedMoEConfig, by_channel: bool) -> None:
+        super().__init__(moe)
+        if reason := _refusal(moe):
+            raise NotImplementedError(f"FP8 experts: {reason}")
+        self.by_channel = by_channel
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        rows = {"w13": 2 * intermediate_size_per_partition, "w2": hidden_size}
+        columns = {"w13": hidden_size, "w2": intermediate_size_per_partition}
+        whole = {"w13": (num_experts, 2), "w2": (num_experts,)}
+        kind = FusedMoeWeightScaleSupported.CHANNEL if self.by_channel else FusedMoeWeightScaleSupported.TENSOR
+        scale_attrs = {**extra_weight_attrs, "quant_method": kind.value}
+        for name in ("w13", "w2"):
+            weight = torch.empty(num_experts, rows[name], columns[name], dtype=fp8_scaled_mm.E4M3)
+            scales = (num_experts, rows[name]) if self.by_channel else whole[name]
+            _register(layer, f"{name}_weight", weight, extra_weight_attrs)
+            # NaN until loaded: a scale that nobody wrote must not pass for one.
+            _register(layer, f"{name}_weight_scale", torch.full(scales, torch.nan, dtype=torch.float32), scale_attrs)
+            inputs = torch.full((num_experts,), torch.nan, dtype=torch.float32)
+            _register(layer, f"{name}_input_scale", inputs, scale_attrs)
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        for name in _SCALES:
+            check_scales(layer.layer_name, name, getattr(layer, name))
+        experts = layer.w13_weight.shape[0]
+        for name in ("w13", "w2"):
+            rows = getattr(layer, f"{name}_weight").shape[1]
+            scale = getattr(layer, f"{name}_weight_scale").data.reshape(experts, -1)
+            replace_parameter(layer, f"{name}_weight_scale", scale.repeat_interleave(rows // scale.shape[1], dim=1))
+            # One for all experts, as vLLM's kernels have it.
+            replace_parameter(layer, f"{name}_input_scale", getattr(layer, f"{name}_input_scale").data.max())
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig | None:
+        return None
+
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: object | None,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """This rank's share of the experts' output, [T, H]; vLLM sums over ranks."""
+        output: torch.Tensor = fp8_static_experts(
+            x,
+            layer.w13_weight,
+            layer.w13_weight_scale,
+            layer.w2_weight,
+            layer.w2_weight_scale,
+            layer.w13_input_scale,
+            layer.w2_input_scale,
+            topk_weights,
+            topk_ids,
+            layer.activation.value,
+            layer.expert_map,
+        )
+        return output
+
+
+@torch.library.custom_op("gemma4q::fp8_static_experts", mutates_args=())
+def fp8_static_experts(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    w13_input_scale: torch.Tensor,
+    w2_input_scale: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: str,
+    expert_map: torch.Tensor | None,
+) -> torch.Tensor:
+    """`gemma4q_kernels.fp8_scaled_mm.moe_fp8` as one opaque operation: torch.compile cannot trace active experts."""
+    return fp8_scaled_mm.moe_fp8(
+        x, w13, w13_scale, w2, w2_scale, w13_input_scale, w2_input_scale, topk_weights, topk_ids, activation, expert_map
+    )
+
+
+@fp8_static_experts.register_fake
+def _fp8_static_experts_shape(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    w13_input_scale: torch.Tensor,
+    w2_input_scale: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    activation: str,
+    expert_map: torch.Tensor | None,
+) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def _register(layer: torch.nn.Module, name: str, data: torch.Tensor, attributes: dict[str, Any]) -> None:
+    parameter = torch.nn.Parameter(data, requires_grad=False)
+    layer.register_parameter(name, parameter)
+    set_weight_attrs(parameter, attributes)
