@@ -8,7 +8,6 @@ gradient, so that one tensor's gradient is all that is held beside the model and
 Not done: models larger than memory (the whole model is loaded), padding (samples run one by one).
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 from tqdm import tqdm
 
 from gguf_mixed.errors import InputError
 from gguf_mixed.fisher import Fisher, Marginals
+from gguf_mixed.hf_names import HfNames
 from gguf_mixed.measure import read_rows
 from gguf_mixed.tensors import Inventory, Tensor
 
@@ -170,17 +169,12 @@ def _by_gguf_name(inventory: Inventory, module: torch.nn.Module) -> dict[str, to
 
 
 def _named(inventory: Inventory, module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    known = {name: architecture for architecture, name in MODEL_ARCH_NAMES.items()}
-    architecture: MODEL_ARCH | None = known.get(inventory.architecture)
-    if architecture is None:
-        raise InputError(f"{inventory.path.name}: architecture {inventory.architecture} has no table of names")
     layers = [tensor.layer for tensor in inventory.tensors.values() if tensor.layer is not None]
-    names = get_tensor_name_map(architecture, max(layers, default=0) + 1)
+    names = HfNames(inventory.architecture, max(layers, default=0) + 1)
     for name, parameter in module.named_parameters():
-        plain = re.sub(r"\.language_model\.", ".", name).removesuffix(".weight")
-        gguf_name = names.get_name(plain)
+        gguf_name = names.gguf(name)
         if gguf_name is not None:
-            yield f"{gguf_name}.weight", parameter
+            yield gguf_name, parameter
 
 
 def _check_same(tensor: Tensor, parameter: torch.nn.Parameter) -> None:

@@ -77,7 +77,11 @@ FP8_HISTOGRAM_PERCENTILE = 0.01
 FP8_HISTOGRAM_ERROR = 0.1
 
 # Streamed calibration against hooks on the whole model in transformers, float32: relative deviation of sums, and share
-# of values in another bin of the histogram. Measured: 3e-7 and 0; with one matrix of an earlier layer scaled by 1.1:
-# see the test.
+# of values in another bin of the histogram. Measured: 4e-7 and 7e-5; with one matrix of the layer before scaled by 1.1,
+# more than ten times the bounds.
 CALIBRATION = 3e-6
-CALIBRATION_HISTOGRAM = 1e-4
+CALIBRATION_HISTOGRAM = 4e-4
+
+# An imatrix from a streamed calibration against llama-imatrix on the same tokens, both float32: relative deviation of
+# weights. Measured: dense 0.0002, MoE 0.0004; half the sums times 1.1: 0.07.
+CALIBRATED_IMATRIX = 1e-3

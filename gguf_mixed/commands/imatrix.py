@@ -9,17 +9,27 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gguf_mixed.errors import InputError
 from gguf_mixed.imatrix import Imatrix, ImatrixEntry
-from gguf_mixed.imatrix_gguf import read_imatrix
+from gguf_mixed.imatrix_gguf import read_imatrix, write_imatrix
 from gguf_mixed.roles import ranges
+from gguf_mixed.statistics_file import is_statistics, read_as_imatrix
 
 
 def command(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="An imatrix: GGUF, or the older .dat.")],
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="An imatrix, GGUF or the older .dat, or what gemma4q calibrate wrote."),
+    ],
+    write: Annotated[
+        Path | None, typer.Option(metavar="OUT.gguf", help="Write it as GGUF, as llama-quantize reads it.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
-    """Show what an imatrix was computed on, and which experts it never saw."""
-    imatrix = read_imatrix(file)
+    """Show what an imatrix was computed on, and which experts it never saw; make one of calibration statistics."""
+    imatrix = read_as_imatrix(file) if is_statistics(file) else read_imatrix(file)
+    if write is not None:
+        _write(imatrix, write)
     if as_json:
         print(json.dumps(_report(file, imatrix)))
         return
@@ -32,6 +42,13 @@ def command(
     missing = [name for name, entry in imatrix.entries.items() if len(entry.counts) == 1 and entry.never_used]
     if missing:
         print(f"without any data: {', '.join(missing)}")
+
+
+def _write(imatrix: Imatrix, path: Path) -> None:
+    try:
+        write_imatrix(imatrix, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def _chunk_size(imatrix: Imatrix) -> str:
