@@ -81,10 +81,10 @@ def accumulate(
         seed: of the labels' draw.
         progress: show a bar on the error stream.
     """
-    sums = {name: _Sums(parameter) for name, parameter in model.parameters.items()}
+    sums = {name: MarginalSums(parameter.shape) for name, parameter in model.parameters.items()}
     handles = [
         parameter.requires_grad_(True).register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-            sums[name].add
+            sums[name].take
         )
         for name, parameter in model.parameters.items()
     ]
@@ -113,32 +113,58 @@ def compute_fisher(
     return Fisher(marginals, positions, {**details, "passes": len(samples), "seed": seed})
 
 
-class _Sums:
-    """Row and column sums of one parameter's squared gradients, as [matrices, rows, columns]."""
+class MarginalSums:
+    """Row and column sums of one tensor's squared gradients.
 
-    def __init__(self, parameter: torch.nn.Parameter) -> None:
-        shape = _as_matrices(parameter).shape
-        self._rows = torch.zeros(shape[:2], dtype=torch.float64)
-        self._columns = torch.zeros((shape[0], shape[2]), dtype=torch.float64)
+    Args:
+        shape: [matrices, rows, columns], or [rows, columns].
+    """
 
-    def add(self, parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
-        gradient = _as_matrices(parameter.grad)
-        parameter.grad = None
-        for sums, over in ((self._rows, 2), (self._columns, 1)):
+    def __init__(self, shape: Sequence[int]) -> None:
+        matrices, rows, columns = (1, *shape)[-3:]
+        self._rows = torch.zeros((matrices, rows), dtype=torch.float64)
+        self._columns = torch.zeros((matrices, columns), dtype=torch.float64)
+
+    def add(self, gradient: torch.Tensor, matrix: int = 0, row: int = 0) -> None:
+        """Add the gradient of one pass, or of some matrices and rows of it, from the first on."""
+        gradient = _as_matrices(gradient)
+        matrices, rows = slice(matrix, matrix + len(gradient)), slice(row, row + gradient.shape[1])
+        for sums, over in ((self._rows[matrices, rows], 2), (self._columns[matrices], 1)):
             # A norm squared: the squares themselves would take as much memory as the gradient.
             sums += torch.linalg.vector_norm(gradient, dim=over, dtype=torch.float32).cpu().double().square()
+
+    def take(self, parameter: torch.Tensor, matrix: int = 0) -> None:
+        """Add a parameter's gradient and drop it: for a hook that runs when it is there."""
+        assert parameter.grad is not None
+        self.add(parameter.grad, matrix)
+        parameter.grad = None
+
+    def state(self) -> dict[str, Any]:
+        """The sums so far, float64 arrays, for `restore`."""
+        return {"rows": self._rows.numpy(), "columns": self._columns.numpy()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on with sums that `state` gave."""
+        self._rows, self._columns = torch.from_numpy(state["rows"]), torch.from_numpy(state["columns"])
 
     def marginals(self) -> Marginals:
         return Marginals(self._rows.float().numpy(), self._columns.float().numpy())
 
 
+def draw_points(n: int, generator: torch.Generator) -> torch.Tensor:
+    """Where in the running sum of its probabilities each of `n` labels lies: float64 [n, 1] in [0, 1).
+
+    Drawn on the CPU, so that every device draws alike.
+    """
+    return torch.rand(n, 1, generator=generator, dtype=torch.float64)
+
+
 def _gradient(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Of -log p(label) by the logits, [positions, vocabulary], for one drawn label a position: p less one at the label.
 
-    Labels are found where the running sum of p passes a number drawn on the CPU, so that every device draws alike.
+    Labels are found where the running sum of p passes the drawn points.
     """
-    points = torch.rand(len(logits), 1, generator=generator, dtype=torch.float64).to(logits.device)
+    points = draw_points(len(logits), generator).to(logits.device)
     gradient = logits.float().softmax(-1)
     for start in range(0, len(logits), _ROWS_AT_ONCE):
         rows = gradient[start : start + _ROWS_AT_ONCE]

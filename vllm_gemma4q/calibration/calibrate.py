@@ -1,7 +1,7 @@
 """One calibration from start to statistics file: what decides its bytes, its passes, and putting its parts together."""
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata as packages
 from pathlib import Path
@@ -10,15 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from gguf_mixed.fisher import Fisher, Marginals, read_fisher, write_fisher
 from vllm_gemma4q.calibration.decoder import Decoder
+from vllm_gemma4q.calibration.fisher import FORWARDS_WORTH, Backward, chosen
 from vllm_gemma4q.calibration.forward import HEAD, Forward, Progress, layer_part
 from vllm_gemma4q.calibration.identity import model_identity
 from vllm_gemma4q.calibration.recorder import linears
-from vllm_gemma4q.calibration.statistics import LM_HEAD, metadata, read_statistics
+from vllm_gemma4q.calibration.statistics import LM_HEAD, Statistics, metadata, read_statistics
 from vllm_gemma4q.calibration.texts import Samples
 from vllm_gemma4q.calibration.work import Work, join_parts
 from vllm_gemma4q.checkpoint.convert import VERSION
 from vllm_gemma4q.checkpoint.reader import CONFIG
+from vllm_gemma4q.checkpoint.run import WriteError
 from vllm_gemma4q.errors import InputError
 
 _SAMPLES = "samples"
@@ -35,6 +38,8 @@ class Calibration:
         max_length: that they were cut to, for the record.
         limit: bytes of activations to keep in memory; the result does not depend on it.
         hessians: also sum x x^T of every linear.
+        passes: samples to differentiate for the Fisher file, spread evenly over all; 0 for none.
+        seed: of the labels' draw there.
     """
 
     decoder: Decoder
@@ -42,11 +47,19 @@ class Calibration:
     max_length: int
     limit: int
     hessians: bool = False
+    passes: int = 0
+    seed: int = 0
 
     @property
     def n_steps(self) -> int:
         """Tokens times layers: what `progress` adds up to."""
-        return self.samples.n_tokens * self.decoder.n_layers
+        backward = FORWARDS_WORTH * sum(len(self.samples.ids[number]) for number in self.differentiated)
+        return (self.samples.n_tokens + backward) * self.decoder.n_layers
+
+    @property
+    def differentiated(self) -> list[int]:
+        """Samples of the backward pass."""
+        return chosen(len(self.samples.ids), self.passes)
 
     def details(self) -> dict[str, Any]:
         """How the file was made, for its metadata."""
@@ -63,56 +76,93 @@ class Calibration:
             "versions": {"vllm-gemma4q": VERSION, **{name: packages.version(name) for name in _DEPENDENCIES}},
         }
 
+    def fisher_details(self) -> dict[str, Any]:
+        """How the Fisher file was made; the first keys are those of `gguf-mixed fisher`."""
+        return {
+            "text": list(self.samples.described),
+            "framing": self.samples.framing,
+            "length": self.max_length,
+            "passes": len(self.differentiated),
+            "seed": self.seed,
+            **{key: value for key, value in self.details().items() if key in ("dtype", "device", "model", "versions")},
+        }
+
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one it resumes."""
         checkpoint = self.decoder.checkpoint
         files = [*checkpoint.shards, checkpoint.folder / CONFIG]
         return {
             **self.details(),
+            "differentiated": self.differentiated,
+            "seed": self.seed,
             "python": platform.python_version(),
             "threads": torch.get_num_threads(),
             "source": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
         }
 
 
-def calibrate(calibration: Calibration, target: Path, work: Path, progress: Progress = lambda tokens: None) -> bool:
-    """Write a statistics file, resuming an unfinished run of the same calibration.
+def calibrate(
+    calibration: Calibration,
+    target: Path,
+    work: Path,
+    fisher: Path | None = None,
+    progress: Progress = lambda tokens: None,
+) -> bool:
+    """Write a statistics file, and a Fisher file where asked, resuming an unfinished run of the same calibration.
 
     Args:
-        target: the file.
+        target: the statistics file.
         work: folder for what is kept between layers; removed at the end.
+        fisher: the Fisher file; `calibration.passes` must not be 0.
         progress: called with tokens that have passed a layer.
 
     Returns:
-        False when the file was there already, from the same calibration.
+        False when the files were there already, from the same calibration.
 
     Raises:
-        InputError: `target` holds something else, the work folder is another run's, or the source is bad.
+        InputError: a file holds something else, the work folder is another run's, or the source is bad.
     """
-    details = calibration.details()
-    if target.exists() and not work.exists():
-        if _made_by(target) == details:
-            return False
-        raise InputError(f"{target}: exists, and was not made by this command; remove it or choose another name")
-    identity = calibration.identity()
+    assert (fisher is not None) == bool(calibration.passes)
+    if not work.exists() and _is_there(calibration, target, fisher):
+        return False
+    decoder, samples, identity = calibration.decoder, calibration.samples.ids, calibration.identity()
     with Work(work, identity) as parts:
-        forward = Forward(
-            calibration.decoder,
-            calibration.samples.ids,
-            parts,
-            calibration.limit,
-            calibration.hessians,
-            progress=progress,
-        )
-        forward.run()
+        kept = calibration.differentiated
+        Forward(decoder, samples, parts, calibration.limit, calibration.hessians, kept, progress).run()
+        if fisher is not None:
+            backward = Backward(decoder, [samples[number] for number in kept], parts, calibration.seed, progress)
+            _write_fisher(calibration, fisher, backward.run())
         if calibration.identity() != identity:
-            raise InputError(f"{calibration.decoder.checkpoint.folder}: changed while it was read")
-        _write(calibration, parts, target, details)
+            raise InputError(f"{decoder.checkpoint.folder}: changed while it was read")
+        _write(calibration, parts, target)
         parts.complete()
     return True
 
 
-def _write(calibration: Calibration, parts: Work, target: Path, details: Mapping[str, Any]) -> None:
+def _is_there(calibration: Calibration, target: Path, fisher: Path | None) -> bool:
+    """Whether all files are there. Raises InputError: one is, and is of another run."""
+    there = []
+    for path, read, details in (
+        (target, read_statistics, calibration.details()),
+        (fisher, read_fisher, calibration.fisher_details()),
+    ):
+        if path is None:
+            continue
+        there.append(path.exists())
+        if there[-1] and _made_by(path, read) != details:
+            raise InputError(f"{path}: exists, and was not made by this command; remove it or choose another name")
+    return all(there)
+
+
+def _write_fisher(calibration: Calibration, path: Path, marginals: Mapping[str, Marginals]) -> None:
+    positions = sum(len(calibration.samples.ids[number]) for number in calibration.differentiated)
+    try:
+        write_fisher(path, Fisher(marginals, positions, calibration.fisher_details()))
+    except OSError as error:
+        raise WriteError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def _write(calibration: Calibration, parts: Work, target: Path) -> None:
     decoder, samples = calibration.decoder, calibration.samples
     tokens = [len(sample) for sample in samples.ids]
     arrays = {"samples.text": np.array(samples.texts, np.int32), "samples.tokens": np.array(tokens, np.int32)}
@@ -123,11 +173,11 @@ def _write(calibration: Calibration, parts: Work, target: Path, details: Mapping
         prefix = decoder.layer_name(index)
         paths = linears(decoder.architecture, index)
         stored_as |= {f"{prefix}.{path}": f"{prefix}.{stored}" for path, stored in paths.items()}
-    join_parts(target, [parts.part(name) for name in names], metadata(stored_as, details))
+    join_parts(target, [parts.part(name) for name in names], metadata(stored_as, calibration.details()))
 
 
-def _made_by(path: Path) -> Mapping[str, Any] | None:
+def _made_by(path: Path, read: Callable[[Path], Statistics | Fisher]) -> Mapping[str, Any] | None:
     try:
-        return read_statistics(path).details
+        return read(path).details
     except InputError:
         return None

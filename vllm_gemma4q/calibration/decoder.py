@@ -52,7 +52,7 @@ class Decoder:
         self.config = _text_config(checkpoint)
         self.rotary = Gemma4TextRotaryEmbedding(self.config, device=self.device)
         self.table = checkpoint.tensors[f"{self.architecture.root}embed_tokens.weight"]
-        self._head = self.table if self.architecture.tie_word_embeddings else checkpoint.tensors["lm_head.weight"]
+        self._head = self.table if self.is_tied else checkpoint.tensors["lm_head.weight"]
 
     @property
     def n_layers(self) -> int:
@@ -96,15 +96,22 @@ class Decoder:
 
     def embed(self, ids: Sequence[int]) -> torch.Tensor:
         """One sample's scaled embeddings, [T, hidden]; only the rows that it needs are read."""
-        rows, index = torch.unique(torch.tensor(list(ids)), return_inverse=True)
-        if not 0 <= int(rows[0]) <= int(rows[-1]) < self.architecture.vocab_size:
-            raise InputError(f"tokenizer: token {int(rows[-1])}, expected less than {self.architecture.vocab_size}")
-        hidden = self.architecture.hidden_size
-        embedding = Gemma4TextScaledWordEmbedding(len(rows), hidden, padding_idx=None, embed_scale=hidden**0.5)
-        weight = gather_rows(self.table, rows.tolist()).to(self.dtype)
+        tokens, index = torch.unique(torch.tensor(list(ids)), return_inverse=True)
+        if not 0 <= int(tokens[0]) <= int(tokens[-1]) < self.architecture.vocab_size:
+            raise InputError(f"tokenizer: token {int(tokens[-1])}, expected less than {self.architecture.vocab_size}")
+        result: torch.Tensor = self.embedding(self.token_rows(tokens.tolist()))(index.to(self.device))
+        return result
+
+    def embedding(self, weight: torch.Tensor) -> Any:
+        """The scaled embedding of which `weight` [n, hidden] is all that is there."""
+        n, hidden = weight.shape
+        embedding = Gemma4TextScaledWordEmbedding(n, hidden, padding_idx=None, embed_scale=hidden**0.5)
         embedding.weight = torch.nn.Parameter(weight, requires_grad=False)
-        result: torch.Tensor = embedding(index)
-        return result.to(self.device)
+        return embedding.to(self.device)
+
+    def token_rows(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Single rows of the embeddings, [len(tokens), hidden]."""
+        return gather_rows(self.table, tokens).to(device=self.device, dtype=self.dtype)
 
     def norm(self) -> Any:
         """The final norm."""
@@ -112,6 +119,11 @@ class Decoder:
             norm = Gemma4RMSNorm(self.config.hidden_size, eps=self.config.rms_norm_eps)
         load_module(norm, self.checkpoint, f"{self.architecture.root}norm.", self.dtype, self.device)
         return norm.eval()
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether the output layer is the embeddings."""
+        return self.architecture.tie_word_embeddings
 
     def head(self, start: int, stop: int) -> torch.Tensor:
         """Rows of the output layer, [stop - start, hidden]: those of the embedding where the two are tied."""

@@ -154,7 +154,7 @@ def layer_part(index: int) -> str:
 
 
 def layer_input(index: int) -> str:
-    """The activations kept of what enters one layer; those behind the last layer have its number plus one."""
+    """The activations kept of what enters one layer; those that enter the final norm have the number of layers."""
     return f"input-{index:05d}"
 
 

@@ -19,8 +19,8 @@ _SHARED = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
-_ROUTER = "router.proj"
-_FUSED = ("experts.gate_up_proj", "experts.down_proj")
+ROUTER = "router.proj"
+FUSED = ("experts.gate_up_proj", "experts.down_proj")
 
 
 def linears(architecture: TextArchitecture, index: int) -> dict[str, str]:
@@ -28,7 +28,7 @@ def linears(architecture: TextArchitecture, index: int) -> dict[str, str]:
     shared = {path: group[0] for group in _SHARED for path in group}
     if not architecture.layers[index].has_value:
         del shared["self_attn.v_proj"]
-    return shared if architecture.num_experts is None else {**shared, **{path: path for path in (_ROUTER, *_FUSED)}}
+    return shared if architecture.num_experts is None else {**shared, **{path: path for path in (ROUTER, *FUSED)}}
 
 
 class Recorder:
@@ -47,13 +47,13 @@ class Recorder:
         device = next(layer.parameters()).device
         self._inputs: dict[str, InputSums] = {}
         for path in dict.fromkeys(paths):
-            fused = path in _FUSED
+            fused = path in FUSED
             shape = (layer.get_parameter(path) if fused else layer.get_submodule(path).weight).shape
             n, width = shape[0] if fused else 1, shape[-1]
             self._inputs[path] = InputSums(f"{name}.{path}", n, width, device, hessians)
         self._routing: _Routing | None = None
         if layer.enable_moe_block:
-            self._routing = _Routing(layer, ExpertSums(*(self._inputs[path] for path in _FUSED)), n_samples)
+            self._routing = _Routing(layer, ExpertSums(*(self._inputs[path] for path in FUSED)), n_samples)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -61,7 +61,7 @@ class Recorder:
         handles = [
             self._layer.get_submodule(path).register_forward_pre_hook(_adder(sums))
             for path, sums in self._inputs.items()
-            if path not in _FUSED
+            if path not in FUSED
         ]
         if self._routing is not None:
             handles += self._routing.hooks()

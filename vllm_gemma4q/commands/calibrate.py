@@ -39,6 +39,12 @@ def command(
     hessians: Annotated[
         bool, typer.Option("--hessians", help="Also sum x x^T of every linear: gigabytes a layer.")
     ] = False,
+    fisher: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also a backward pass; write its Fisher marginals, for gguf-mixed plan."),
+    ] = None,
+    fisher_samples: Annotated[int, typer.Option(min=1, help="Samples to differentiate, spread over all.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of the labels that --fisher draws.")] = 0,
     activations_limit: Annotated[
         str, typer.Option(metavar="SIZE", help="Activations kept in memory; more go to the work folder.")
     ] = "4GiB",
@@ -63,12 +69,12 @@ def command(
     limit = parse_size(activations_limit)
     chosen = None if dtype is Dtype.AUTO else getattr(torch, dtype.value)
     decoder = Decoder(open_checkpoint(source), chosen, device.value)
-    calibration = Calibration(
-        decoder, load_samples(source, text, samples, max_length, raw), max_length, limit, hessians
-    )
+    cut = load_samples(source, text, samples, max_length, raw)
+    passes = fisher_samples if fisher is not None else 0
+    calibration = Calibration(decoder, cut, max_length, limit, hessians, passes, seed)
     folder = work or target.with_name(target.name + ".work")
     with tqdm(total=calibration.n_steps, unit="token layer", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
-        written = calibrate(calibration, target, folder, bar.update)
+        written = calibrate(calibration, target, folder, fisher, bar.update)
     report: dict[str, Any] = {"target": str(target), "written": written, **calibration.details()}
     if as_json:
         print(json.dumps(report))
