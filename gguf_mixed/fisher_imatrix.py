@@ -2,7 +2,9 @@
 
 llama-quantize minimizes squared errors weighted by channel, and takes the mean square of what enters a channel for its
 weight: every token counts alike. The Fisher information's column sums count a token by how much it moves the output, so
-what is minimized is what the plan predicts. Measured on Gemma 3 270M at Q4_K_M's size: 6% less divergence.
+what is minimized is what the plan predicts. On Gemma 3 270M, gradients of other labels see 1 to 2% less error in most
+linears, 11% in ffn_down, 15% in keys and values; measured divergence at four sizes changed by -6, -2, -2 and +3%, each
+known to 3%.
 """
 
 from dataclasses import replace
