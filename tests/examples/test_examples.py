@@ -5,6 +5,7 @@ then vLLM's own parser, in a process of its own, reads every list of arguments. 
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,13 +16,14 @@ from typing import Any
 import pytest
 from synthetic import CONFIG_31B, shapes, small_config, write_checkpoint, write_header_only
 
-from vllm_gemma4q.architecture import FULL_ATTENTION, parse_text_architecture
+from vllm_gemma4q.architecture import FULL_ATTENTION, is_linear_weight, parse_text_architecture
 from vllm_gemma4q.checkpoint import open_checkpoint
 from vllm_gemma4q.quark_int8 import quantize
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.sh"))
 FOUR_CARDS, ONE_CARD, ANY_CARD = "serve_int8_4x24gb_rdna3.sh", "serve_int8_1x48gb.sh", "quantize_and_serve.sh"
+HOPPER = "serve_fp8_hopper.sh"
 MODEL = "a folder/with spaces"
 RECORDER = '#!/bin/sh\nprintf "%s\\0" "$@" > "$RECORD"\n'
 PARSER = """
@@ -32,18 +34,20 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 parser = FlexibleArgumentParser()
 command = ServeSubcommand()
 command.subparser_init(parser.add_subparsers(dest="subparser"))
+kept = (str, int, bool, float, dict)
 results = []
 for arguments in json.load(sys.stdin):
     try:
         parsed = parser.parse_args(arguments)
         command.validate(parsed)
-        results.append({key: value for key, value in vars(parsed).items() if type(value) in (str, int, float, dict)})
+        results.append({key: value for key, value in vars(parsed).items() if type(value) in kept})
     except SystemExit as exit:
         results.append({"refused": exit.code})
 print(json.dumps(results))
 """
 GIB = 2**30
 FLIGHT = 2048
+HOPPER_FLIGHT = 8192
 ADMISSION = 1023 + FLIGHT + 16  # tokens of a sliding layer for which vLLM admits a sequence: window, in flight, a block
 
 
@@ -87,7 +91,7 @@ def test_missing_checkpoint_is_a_usage_error(script: Path, tmp_path: Path) -> No
 
 
 def test_there_are_scripts() -> None:
-    assert {script.name for script in SCRIPTS} == {FOUR_CARDS, ONE_CARD, ANY_CARD}
+    assert {script.name for script in SCRIPTS} == {FOUR_CARDS, ONE_CARD, ANY_CARD, HOPPER}
 
 
 def test_quantizes_what_is_not_a_checkpoint_into_an_error(tmp_path: Path) -> None:
@@ -123,7 +127,7 @@ def parsed(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, dict[str, A
         "unknown backend": ["--linear-backend", "gemma4q"],
         "unknown cache": ["--kv-cache-dtype", "int3"],
     }
-    for script in (FOUR_CARDS, ONE_CARD):
+    for script in (FOUR_CARDS, ONE_CARD, HOPPER):
         for label, flags in more.items():
             result, called = run_script(script, MODEL, *flags, folder=folder)
             assert result.returncode == 0, result.stderr
@@ -162,6 +166,21 @@ def parsed(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, dict[str, A
                 "kv_cache_dtype": "auto",
             },
         ),
+        (
+            HOPPER,
+            {
+                "tensor_parallel_size": 1,
+                "max_model_len": 131072,
+                "enable_chunked_prefill": True,
+                "max_num_batched_tokens": HOPPER_FLIGHT,
+                "gpu_memory_utilization": 0.90,
+                "limit_mm_per_prompt": {"image": 1, "video": 0, "audio": 0},
+                "enable_auto_tool_choice": True,
+                "tool_call_parser": "gemma4",
+                "reasoning_parser": "gemma4",
+                "kv_cache_dtype": "auto",
+            },
+        ),
     ],
 )
 def test_vllm_reads_the_flags_as_meant(
@@ -172,7 +191,7 @@ def test_vllm_reads_the_flags_as_meant(
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("script", [FOUR_CARDS, ONE_CARD])
+@pytest.mark.parametrize("script", [FOUR_CARDS, ONE_CARD, HOPPER])
 def test_flags_of_the_caller_win(parsed: Mapping[str, dict[str, Any]], script: str) -> None:
     assert parsed[f"{script}: triton"]["linear_backend"] == "triton"
     assert parsed[f"{script}: another length"]["max_model_len"] == 4096
@@ -181,7 +200,7 @@ def test_flags_of_the_caller_win(parsed: Mapping[str, dict[str, Any]], script: s
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("script", [FOUR_CARDS, ONE_CARD])
+@pytest.mark.parametrize("script", [FOUR_CARDS, ONE_CARD, HOPPER])
 @pytest.mark.parametrize("what", ["flag", "backend", "cache"])
 def test_vllm_refuses_what_it_does_not_know(parsed: Mapping[str, dict[str, Any]], script: str, what: str) -> None:
     """Backends and cache types are closed lists; without this, no other test here would mean much."""
@@ -231,3 +250,25 @@ def test_arithmetic_of_one_card(tmp_path: Path) -> None:
         assert "#{:>19}{:>9.2f}{:>8.2f}\n".format(*row) in text
     assert kv_bytes(65536, 2) / GIB < left < kv_bytes(131072, 2) / GIB
     assert kv_bytes(131072, 1) / GIB < left < kv_bytes(262144, 1) / GIB
+
+
+def test_arithmetic_of_hopper() -> None:
+    """FP8 weights take a byte an element; their scales, two numbers a linear, are not worth a line."""
+    text = (EXAMPLES / HOPPER).read_text()
+    tensors = shapes(CONFIG_31B)
+    elements = {name: math.prod(shape) for name, shape in tensors.items()}
+    in_file = sum(size * (1 if is_linear_weight(name, tensors[name]) else 2) for name, size in elements.items())
+    layers = [layer.index for layer in parse_text_architecture(CONFIG_31B).layers if not layer.has_value]
+    repeated = sum(elements[f"model.language_model.layers.{layer}.self_attn.k_proj.weight"] for layer in layers)
+    weights = (in_file + repeated) / GIB
+    left = 81559 / 1024 * 0.90 - weights - 4
+    window = 1023 + HOPPER_FLIGHT + 16
+    assert f"weights   {in_file / 1e9:.2f} GB = {in_file / GIB:.2f}:" in text
+    assert f"Together {weights:.2f}." in text
+    assert f"(a guess): {left:.2f} for the KV cache" in text
+    for tokens in (32768, 131072, 262144):
+        row = [tokens, kv_bytes(tokens, 2, window) / GIB, kv_bytes(tokens, 1, window) / GIB]
+        assert "#{:>19}{:>9.2f}{:>8.2f}\n".format(*row) in text
+    assert 2 * kv_bytes(131072, 2, window) / GIB < left < 3 * kv_bytes(131072, 2, window) / GIB
+    assert kv_bytes(262144, 2, window) / GIB < left
+    assert f"An H200 has {(143771 - 81559) / 1024:.1f} GiB more." in text
