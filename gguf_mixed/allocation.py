@@ -28,6 +28,15 @@ _ONLY_WHEN_ASKED = frozenset(
     ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "TQ1_0", "TQ2_0", "Q1_0", "Q2_0", "Q4_0", "MXFP4", "NVFP4", "F32")
 )
 DEFAULT_TYPES = tuple(qtype for qtype in QUANTIZABLE_TYPES if qtype.name not in _ONLY_WHEN_ASKED)
+# IQ2_S builds its tables for 4.5 s of a processor before the first row, and above this size hardly a tensor gets it.
+_TYPE_FOR_SMALL_BUDGETS, _SMALL_BUDGET_BPW = GGMLQuantizationType.IQ2_S, 3.5
+
+
+def default_types(bpw: float) -> tuple[GGMLQuantizationType, ...]:
+    """The types to choose from for a budget of `bpw` bits a weight, where the user names none."""
+    if bpw < _SMALL_BUDGET_BPW:
+        return DEFAULT_TYPES
+    return tuple(qtype for qtype in DEFAULT_TYPES if qtype is not _TYPE_FOR_SMALL_BUDGETS)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import typer
 from gemma4q_kernels.ggml import GGMLQuantizationType, parse_type
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from gguf_mixed.allocation import DEFAULT_TYPES
+from gguf_mixed.allocation import default_types
 from gguf_mixed.backends import BACKENDS
 from gguf_mixed.errors import InputError
 from gguf_mixed.solver import Constraints
@@ -71,13 +71,13 @@ def parse_constraints(pins: list[str] | None, floors: list[str] | None, uniform:
     )
 
 
-def parse_types(types: str | None, backend: str | None) -> list[GGMLQuantizationType]:
-    """The types to choose from.
+def parse_types(types: str | None, backend: str | None, bpw: float = 0) -> list[GGMLQuantizationType]:
+    """The types to choose from; where none are named, those for budgets from `bpw` bits a weight.
 
     Raises:
         InputError: an unknown type or backend, or nothing is left.
     """
-    listed = list(DEFAULT_TYPES) if types is None else [_type(name.strip()) for name in types.split(",")]
+    listed = list(default_types(bpw)) if types is None else [_type(name.strip()) for name in types.split(",")]
     if backend is None:
         return listed
     if backend not in BACKENDS:

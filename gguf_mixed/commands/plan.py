@@ -66,7 +66,7 @@ def command(
     if recipe.lower() == OPTIMAL:
         budget = Budget(bpw, None if size is None else options.parse_bytes(size))
         constraints = options.parse_constraints(pin, floor, uniform)
-        choices = [*options.parse_types(types, backend), *constraints.pins.values()]
+        choices = [*options.parse_types(types, backend, budget.bpw_of(inventory)), *constraints.pins.values()]
         source = find_sensitivity(sensitivity, inventory, force)
         check_feasible(material, source, choices, budget, constraints)
         if not source.measured:

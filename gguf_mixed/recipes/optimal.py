@@ -14,6 +14,7 @@ from gguf_mixed.file_size import header_bytes, metadata_changes
 from gguf_mixed.header import pad
 from gguf_mixed.recipes.base import Choice, Material, quantizable
 from gguf_mixed.solver import BudgetError, Constraints, check_demands, solve
+from gguf_mixed.tensors import Inventory
 
 ALIGNMENT = 32
 MOST_BPW = 64  # that of the widest number format
@@ -34,6 +35,10 @@ class Budget:
 
     def __str__(self) -> str:
         return f"{self.bpw:.4g} bpw" if self.bpw is not None else f"a file of {self.file_bytes:,} bytes"
+
+    def bpw_of(self, inventory: Inventory) -> float:
+        """Bits a weight; of a file's size, with the header counted in."""
+        return self.bpw if self.bpw is not None else 8 * (self.file_bytes or 0) / inventory.n_elements
 
     def of_tensors(self, material: Material, table: ErrorTable) -> int:
         """Bytes left for quantizable tensors; may be negative, which `solve` refuses.

@@ -6,6 +6,7 @@ import pytest
 from gemma4q_kernels.ggml import GGMLQuantizationType, bits_per_weight
 from gguf_files import REAL_31B, gemma4_metadata, moe_26b_a4b, real_31b, small_moe, write_gguf
 
+from gguf_mixed.allocation import default_types
 from gguf_mixed.error_table import ErrorRow, ErrorTable
 from gguf_mixed.errors import InputError
 from gguf_mixed.overrides import override_table
@@ -96,3 +97,9 @@ def test_an_impossible_budget_says_the_least_and_the_most(tmp_path):
         optimal(material, table, Budget(file_bytes=10))
     with pytest.raises(InputError, match="either"):
         Budget()
+
+
+def test_types_that_are_slow_to_measure_are_for_small_budgets():
+    assert T.IQ2_S in default_types(3.4) and T.IQ2_S not in default_types(3.5)
+    assert set(default_types(3.4)) - set(default_types(8)) == {T.IQ2_S}
+    assert not {T.IQ1_S, T.Q4_0, T.MXFP4} & set(default_types(0))
