@@ -3,7 +3,7 @@
 import hashlib
 import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib import metadata
@@ -76,12 +76,19 @@ def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:
     return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
 
 
-def convert(conversion: Conversion, target: Path, command: Sequence[str], progress: Progress) -> bool:
+def convert(
+    conversion: Conversion,
+    target: Path,
+    command: Sequence[str],
+    progress: Progress,
+    verify: Callable[[Sequence[Path]], object] | None = None,
+) -> bool:
     """Write a conversion into `target`, resuming an unfinished run of the same one.
 
     Args:
         command: as the user typed it, for the manifest.
         progress: called with source bytes consumed.
+        verify: called with the finished shards before anything makes them a checkpoint; may raise InputError.
 
     Returns:
         False when an earlier run had already finished and nothing was done.
@@ -100,6 +107,8 @@ def convert(conversion: Conversion, target: Path, command: Sequence[str], progre
         shards = conversion.shards
         unhashed = () if conversion.base is None else conversion.base.shards
         source_hashes = rewrite(shards, run, progress, unhashed)
+        if verify is not None:
+            verify([target / shard.name for shard in shards])
         copy_sidecars(conversion.source.folder, run)
         if conversion.identity() != run.identity:
             raise InputError(f"{conversion.source.folder}: changed while it was read")

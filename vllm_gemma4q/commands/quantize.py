@@ -6,15 +6,15 @@ import sys
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.filesize import decimal
-from tqdm import tqdm
 
 from vllm_gemma4q.checkpoint import Checkpoint, open_checkpoint
 from vllm_gemma4q.checkpoint.convert import Conversion, convert
+from vllm_gemma4q.commands.progress import byte_bar
 from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.fp8_static import quantize as fp8_static
 from vllm_gemma4q.fp8_static.format import Granularity
@@ -80,7 +80,7 @@ def command(
         conversion = _plan_fp8(source_checkpoint, statistics, options, max_bytes)
     written = False
     if not dry_run:
-        with _bar(conversion.source_bytes, scheme.value) as bar:
+        with byte_bar(conversion.source_bytes, scheme.value) as bar:
             written = convert(conversion, target, ["gemma4q", *sys.argv[1:]], bar.update)
     report = _report(conversion, target)
     if as_json:
@@ -100,7 +100,7 @@ def _plan_fp8(
 ) -> Conversion:
     if statistics is None:
         raise InputError("--scheme fp8-static: --statistics is missing, expected what gemma4q calibrate wrote")
-    with _bar(fp8_static.bytes_to_measure(source, options), "weight scales") as bar:
+    with byte_bar(fp8_static.bytes_to_measure(source, options), "weight scales") as bar:
         return fp8_static.plan(source, statistics, options, bar.update, max_shard_bytes)
 
 
@@ -109,12 +109,6 @@ def _refuse(scheme: Scheme, options: Mapping[str, object]) -> None:
     for name, value in options.items():
         if value is not None:
             raise InputError(f"{name}: got {value}, expected nothing: --scheme {scheme.value} does not use it")
-
-
-def _bar(total: int, description: str) -> "tqdm[NoReturn]":
-    """A progress bar of bytes, on terminals only."""
-    silent = not total or not sys.stderr.isatty()
-    return tqdm(total=total, unit="B", unit_scale=True, desc=description, disable=silent)
 
 
 def _report(conversion: Conversion, target: Path) -> dict[str, Any]:
