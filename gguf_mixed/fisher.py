@@ -59,13 +59,17 @@ def write_fisher(path: Path, fisher: Fisher) -> None:
         for name, found in fisher.marginals.items()
         for part in ("rows", "columns")
     }
-    metadata = {"format": FORMAT, "positions": str(fisher.positions), "details": json.dumps(dict(fisher.details))}
     partial = path.with_name(path.name + ".partial")
     try:
-        save_file(arrays, partial, metadata)
+        save_file(arrays, partial, metadata(fisher.positions, fisher.details))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def metadata(positions: int, details: Mapping[str, object]) -> dict[str, str]:
+    """The file's metadata."""
+    return {"format": FORMAT, "positions": str(positions), "details": json.dumps(dict(details))}
 
 
 def read_fisher(path: Path) -> Fisher:
@@ -76,15 +80,15 @@ def read_fisher(path: Path) -> Fisher:
     """
     try:
         with safe_open(path, "numpy") as file:
-            metadata = file.metadata() or {}
+            found = file.metadata() or {}
             names = file.keys()
             arrays = {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path.name}: cannot be read as a Fisher file: {error}") from error
-    if metadata.get("format") != FORMAT:
-        raise InputError(f"{path.name}: got format {metadata.get('format')}, expected {FORMAT}")
+    if found.get("format") != FORMAT:
+        raise InputError(f"{path.name}: got format {found.get('format')}, expected {FORMAT}")
     try:
-        positions, details = int(metadata["positions"]), json.loads(metadata["details"])
+        positions, details = int(found["positions"]), json.loads(found["details"])
     except (KeyError, ValueError) as error:
         raise InputError(f"{path.name}: damaged metadata: {error}") from error
     if positions < 1:

@@ -1,7 +1,7 @@
 """One calibration from start to statistics file: what decides its bytes, its passes, and putting its parts together."""
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata as packages
 from pathlib import Path
@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from gguf_mixed.fisher import Fisher, Marginals, read_fisher, write_fisher
+from gguf_mixed.fisher import Fisher, read_fisher
+from gguf_mixed.fisher import metadata as fisher_metadata
 from vllm_gemma4q.calibration.decoder import Decoder
 from vllm_gemma4q.calibration.fisher import FORWARDS_WORTH, Backward, chosen
 from vllm_gemma4q.calibration.forward import HEAD, Forward, Progress, layer_part
@@ -21,7 +22,6 @@ from vllm_gemma4q.calibration.texts import Samples
 from vllm_gemma4q.calibration.work import Work, join_parts
 from vllm_gemma4q.checkpoint.convert import VERSION
 from vllm_gemma4q.checkpoint.reader import CONFIG
-from vllm_gemma4q.checkpoint.run import WriteError
 from vllm_gemma4q.errors import InputError
 
 _SAMPLES = "samples"
@@ -131,7 +131,7 @@ def calibrate(
         Forward(decoder, samples, parts, calibration.limit, calibration.hessians, kept, progress).run()
         if fisher is not None:
             backward = Backward(decoder, [samples[number] for number in kept], parts, calibration.seed, progress)
-            _write_fisher(calibration, fisher, backward.run())
+            _write_fisher(calibration, parts, fisher, backward.run())
         if calibration.identity() != identity:
             raise InputError(f"{decoder.checkpoint.folder}: changed while it was read")
         _write(calibration, parts, target)
@@ -154,12 +154,10 @@ def _is_there(calibration: Calibration, target: Path, fisher: Path | None) -> bo
     return all(there)
 
 
-def _write_fisher(calibration: Calibration, path: Path, marginals: Mapping[str, Marginals]) -> None:
+def _write_fisher(calibration: Calibration, work: Work, target: Path, parts: Sequence[str]) -> None:
     positions = sum(len(calibration.samples.ids[number]) for number in calibration.differentiated)
-    try:
-        write_fisher(path, Fisher(marginals, positions, calibration.fisher_details()))
-    except OSError as error:
-        raise WriteError(f"{path}: cannot be written: {error.strerror}") from error
+    described = fisher_metadata(positions, calibration.fisher_details())
+    join_parts(target, [work.part(name) for name in parts], described)
 
 
 def _write(calibration: Calibration, parts: Work, target: Path) -> None:

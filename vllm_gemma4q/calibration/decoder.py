@@ -41,11 +41,11 @@ class Decoder:
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype | None = None, device: str = "cpu"):
         self.architecture = parse_text_architecture(checkpoint.config)
-        check_unquantized(self.architecture, checkpoint.tensors)
         if self.architecture.per_layer_input_size:
             raise InputError("config.json: hidden_size_per_layer_input: models with per-layer inputs are not supported")
         if not all(layer.has_key_value for layer in self.architecture.layers):
             raise InputError("config.json: num_kv_shared_layers: models with shared keys and values are not supported")
+        check_unquantized(self.architecture, checkpoint.tensors)
         self.checkpoint = checkpoint
         self.dtype = dtype or dtype_of(checkpoint)
         self.device = torch.device(device)

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from gguf_mixed.backward import MarginalSums
-from gguf_mixed.fisher import Marginals
 from gguf_mixed.hf_names import GEMMA4, HfNames
 from vllm_gemma4q.calibration.activations import StoredActivations
 from vllm_gemma4q.calibration.decoder import Decoder
@@ -52,20 +51,17 @@ class Backward:
         self._layout = layout_of(decoder, samples)
         self._names = HfNames(GEMMA4, decoder.n_layers)
 
-    def run(self) -> dict[str, Marginals]:
-        """Marginals by GGUF tensor: every linear but the router, the embeddings, and an output layer of its own."""
+    def run(self) -> list[str]:
+        """Names of the work folder's parts that make up the Fisher file: marginals of every linear but the router, of
+        the embeddings, and of an output layer of its own."""
         output = self._output()
         for index in reversed(range(self._decoder.n_layers)):
-            if not self._is_done(index):
+            if not self._work.has(_part(index)):
                 self._layer(index)
             self._progress(FORWARDS_WORTH * self._layout.ends[-1])
         if not self._work.has(_EMBEDDINGS):
             self._embeddings(output)
-        arrays: dict[str, Array] = {}
-        for part in [_EMBEDDINGS, *map(_part, range(self._decoder.n_layers))]:
-            arrays |= self._work.read_part(part)
-        names = dict.fromkeys(name.rpartition(".")[0] for name in arrays)
-        return {name: Marginals(arrays[f"{name}.rows"], arrays[f"{name}.columns"]) for name in names}
+        return [_EMBEDDINGS, *map(_part, range(self._decoder.n_layers))]
 
     def _output(self) -> OutputLayer:
         """Draw labels and differentiate the output layer, or take up where that was done."""
@@ -81,9 +77,6 @@ class Backward:
         self._work.write_part(_OUTPUT, sums.state())
         self._work.write_part(_LABELS, output.state())
         return output
-
-    def _is_done(self, index: int) -> bool:
-        return self._work.has(_part(index))
 
     def _layer(self, index: int) -> None:
         decoder, layer = self._decoder, self._decoder.layer(index)

@@ -15,6 +15,8 @@ from transformers import AutoTokenizer
 from gguf_mixed.samples import cut_samples, describe_text, is_framed, read_texts
 from vllm_gemma4q.errors import InputError
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -70,6 +72,8 @@ def load_samples(folder: Path, paths: Sequence[Path], n_samples: int, length: in
 
 
 def _tokenizer(folder: Path) -> Any:
+    if not any((folder / name).is_file() for name in _TOKENIZERS):  # transformers would make one up
+        raise InputError(f"{folder}: has no tokenizer: expected {' or '.join(_TOKENIZERS)}")
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # transformers raises whatever it meets

@@ -40,13 +40,15 @@ class Work:
 
     def __enter__(self) -> Self:
         self._run.__enter__()
-        for path in self.folder.glob("*.partial"):
-            path.unlink()
+        self._drop_partial()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if kind is not None and issubclass(kind, InputError) and not issubclass(kind, WriteError):
-            self.drop_activations()
+        if kind is not None:
+            self._drop_partial()
+            is_bad_input = issubclass(kind, InputError) and not issubclass(kind, WriteError)
+            if is_bad_input or not self._run.finished:
+                self.drop_activations()
         self._run.__exit__(kind, error, tb)
 
     def has(self, part: str) -> bool:
@@ -79,6 +81,10 @@ class Work:
     def read_part(self, name: str) -> dict[str, Array]:
         """A finished part's arrays."""
         return load_file(self.part(name))
+
+    def _drop_partial(self) -> None:
+        for path in self.folder.glob("*.partial"):
+            path.unlink()
 
     def complete(self) -> None:
         """The result is written: remove everything."""
