@@ -21,6 +21,8 @@ import datetime
 import json
 import os
 import platform
+import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -208,24 +210,27 @@ class Bench:
         print(f"{self.name}: {label}: {ratio:.3f} x the divergence at {size:.4f} x the size", flush=True)
 
     def _time_planning(self) -> None:
-        """`gguf-mixed plan` on an empty cache beside llama-quantize writing what it planned, three times each."""
-        bpw = self.results["stock-q4_k_m"]["bpw"]
-        cache, listed = self.work / "timed.jsonl", self.work / "timed.txt"
+        """`gguf-mixed plan` on an empty cache beside llama-quantize writing what it planned, three times in turn."""
+        cache, listed, output = self.work / "timed.jsonl", self.work / "timed.txt", self.work / "timed.gguf"
+        bpw, threads = self.results["stock-q4_k_m"]["bpw"], ("--threads", self.subject.threads)
+        given = ("--imatrix", self.imatrix, *threads)
+        plan = ("plan", self.model, "--recipe", "optimal", "--bpw", bpw, "--sensitivity", self.fisher, "--cache", cache)
+        write = ("quantize", self.model, output, "--overrides", listed, "--overwrite")
         plans, writes = [], []
         for _ in range(3):
             cache.unlink(missing_ok=True)
-            started = time.perf_counter()
-            gguf_mixed("plan", self.model, "--recipe", "optimal", "--bpw", bpw, "--imatrix", self.imatrix,
-                       "--sensitivity", self.fisher, "--cache", cache, "-o", listed)  # fmt: skip
-            plans.append(time.perf_counter() - started)
-            output = self.work / "timed.gguf"
-            started = time.perf_counter()
-            gguf_mixed("quantize", self.model, output, "--overrides", listed, "--imatrix", self.imatrix, "--overwrite")
-            writes.append(time.perf_counter() - started)
-            output.unlink()
-        plan, write = sorted(plans)[1], sorted(writes)[1]
-        self._keep("planning", {"plan_seconds": plan, "quantize_seconds": write, "ratio": plan / write})
-        print(f"{self.name}: planning {plan:.1f} s, writing {write:.1f} s: {plan / write:.2f}", flush=True)
+            plans.append(timed(lambda: gguf_mixed(*plan, "-o", listed, *given)))
+            writes.append(timed(lambda: gguf_mixed(*write, *given)))
+        output.unlink()
+        found = {
+            f"{what}_{unit}": statistics.median(each[index] for each in runs)
+            for what, runs in (("plan", plans), ("quantize", writes))
+            for index, unit in enumerate(("seconds", "cpu_seconds"))
+        }
+        found["ratio"] = found["plan_seconds"] / found["quantize_seconds"]
+        found["cpu_ratio"] = found["plan_cpu_seconds"] / found["quantize_cpu_seconds"]
+        self._keep("planning", found)
+        print(f"{self.name}: planning: {found}", flush=True)
 
     def _timed(self, label: str, work: Callable[[], object]) -> None:
         started = time.perf_counter()
@@ -239,9 +244,18 @@ class Bench:
         partial.replace(self._store)
 
 
+def timed(work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of the clock, and of processors in the processes that `work` waits for."""
+    started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    work()
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return time.perf_counter() - started, used
+
+
 def gguf_mixed(*arguments: object) -> None:
     command = [sys.executable, "-m", "gguf_mixed.cli", *map(str, arguments)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def machine() -> dict[str, object]:
