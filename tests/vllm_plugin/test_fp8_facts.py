@@ -230,6 +230,13 @@ def test_scales_of_linears_become_columns() -> None:
         assert got == name and column.dtype == torch.float32 and column.tolist() == [[0.5]] * 4
 
 
+def test_columns_of_experts_become_vectors() -> None:
+    name = f"{Layer.prefix}experts.2.up_proj.weight_scale"
+    for scale, expected in ((torch.ones(4, 1), [1.0] * 4), (torch.tensor(1.0), 1.0)):
+        [(got, vector)] = mend([(name, scale)], Layer.facts)
+        assert got == name and vector.tolist() == expected
+
+
 def test_other_tensors_pass_and_leftovers_do_not() -> None:
     kept = [("model.layers.1.mlp.down_proj.weight_scale", torch.tensor(1.0)), ("model.norm.weight", torch.ones(2))]
     known = Facts({}, frozenset(), frozenset(), frozenset({"model.language_model.layers.0.mlp.up_proj.input_scale"}), 0)

@@ -17,7 +17,7 @@ from vllm_gemma4q.quark_int8.scheme import METHOD_NAME
 
 IMPORTS_NO_ENGINE = """
 import sys
-import vllm_gemma4q.plugin, vllm_gemma4q.quark_int8, vllm_gemma4q.quark_int8.scheme
+import vllm_gemma4q.plugin, vllm_gemma4q.quark_int8, vllm_gemma4q.quark_int8.scheme, vllm_gemma4q.fp8_static.scheme
 found = sorted({"vllm", "torch", "transformers", "triton"} & set(sys.modules))
 assert not found, found
 """
@@ -138,3 +138,42 @@ def _without_a_scale(family: Family, folder: Path) -> tuple[Path, str]:
         return {other: tensor for other, tensor in tensors.items() if other != name}
 
     return checkpoints.edit(family.variants["int8"], folder / "broken", drop), name
+
+
+@pytest.mark.engine
+def test_both_methods_share_one_model() -> None:
+    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, get_quantization_config
+    from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+    from vllm.model_executor.models import ModelRegistry
+
+    from vllm_gemma4q.fp8_static.config import Fp8StaticConfig
+    from vllm_gemma4q.fp8_static.scheme import METHOD_NAME as FP8_METHOD
+    from vllm_gemma4q.model import MendingConfig
+    from vllm_gemma4q.plugin import register_fp8_static, register_quark_int8
+
+    register_quark_int8()
+    model = ModelRegistry.models["Gemma4ForCausalLM"]
+    register_fp8_static()
+    register_fp8_static()
+    assert ModelRegistry.models["Gemma4ForCausalLM"] is model
+    assert QUANTIZATION_METHODS.count(FP8_METHOD) == 1
+    assert get_quantization_config(FP8_METHOD) is Fp8StaticConfig
+    assert get_quantization_config("fp8") is Fp8Config
+    assert isinstance(Fp8StaticConfig([]), MendingConfig)
+    assert not isinstance(Fp8Config(activation_scheme="static"), MendingConfig)
+
+
+@pytest.mark.engine
+def test_overrides_do_not_compete() -> None:
+    """Each answers for its own checkpoints, and the built-in method for dynamic FP8."""
+    from vllm_gemma4q.fp8_static.config import Fp8StaticConfig
+    from vllm_gemma4q.fp8_static.scheme import METHOD_NAME as FP8_METHOD
+    from vllm_gemma4q.quark_int8.config import QuarkInt8Config
+
+    static, dynamic = ({"quant_method": "fp8", "activation_scheme": scheme} for scheme in ("static", "dynamic"))
+    answers = {
+        config: [config.override_quantization_method(found, None, hf_config=GEMMA4) for found in (static, dynamic)]
+        + [config.override_quantization_method(QUARK_013, None, hf_config=GEMMA4)]
+        for config in (Fp8StaticConfig, QuarkInt8Config)
+    }
+    assert answers == {Fp8StaticConfig: [FP8_METHOD, None, None], QuarkInt8Config: [None, None, METHOD_NAME]}

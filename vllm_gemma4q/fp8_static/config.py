@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from vllm_gemma4q.model import Mender
 
-logger = init_logger(__name__)
+# Below vLLM's own logger, which has the handler and the level that users set: others are silent below warnings.
+logger = init_logger(f"vllm.{__name__}")
 
 _NAMED = 8  # leftovers that the warning spells out
 
@@ -139,7 +140,11 @@ class Fp8StaticConfig(QuantizationConfig):
         return METHOD_NAME
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16]
+        from vllm_gemma4q.fp8_static.linear import engine_has_kernels
+
+        # Our own operations compute in float32 anyway; vLLM's kernels do not take such inputs.
+        wide = [] if engine_has_kernels() else [torch.float32]
+        return [torch.bfloat16, torch.float16, *wide]
 
     @classmethod
     def get_min_capability(cls) -> int:

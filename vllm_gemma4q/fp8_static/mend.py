@@ -1,10 +1,12 @@
 """Tensors of FP8 static checkpoints, turned into what this plugin's methods load while they stream by.
 
-A linear's scale becomes a column, one value a row, so that fused linears keep a scale for each of their shards.
+A linear's scale becomes a column, one value a row, so that fused linears keep a scale for each of their shards. A
+column of scales of one expert becomes a vector.
 Fused 3-D experts and their scales are split into one tensor an expert. Leftover scales are dropped.
 One tensor at a time; nothing here needs vLLM.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -15,6 +17,8 @@ from vllm_gemma4q.quark_int8.facts import fused_expert_part, relative_name
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 Stream = Iterator[tuple[str, torch.Tensor]]
+
+_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def mend(weights: Weights, facts: Facts) -> Stream:
@@ -29,6 +33,8 @@ def mend(weights: Weights, facts: Facts) -> Stream:
             yield from _experts(name, tensor, part, facts.num_experts)
         elif leaf == WEIGHT_SCALE and module in facts.fp8:
             yield name, spread(tensor, facts.fp8[module])
+        elif leaf == WEIGHT_SCALE and _EXPERT.search(name):
+            yield name, tensor.float().reshape(-1) if tensor.numel() > 1 else tensor
         else:
             yield name, tensor
 
