@@ -255,7 +255,9 @@ def timed(work: Callable[[], object]) -> tuple[float, float]:
 
 def gguf_mixed(*arguments: object) -> None:
     command = [sys.executable, "-m", "gguf_mixed.cli", *map(str, arguments)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    finished = subprocess.run(command, capture_output=True, text=True)
+    if finished.returncode:
+        sys.exit(finished.stderr)
 
 
 def machine() -> dict[str, object]:
