@@ -50,6 +50,15 @@ def test_early_autofp8(sound, fp8, tmp_path):
     assert quantization["modules_to_not_convert"] == expected
 
 
+def test_input_scales_go_where_inputs_are_scaled_while_serving(sound, fp8, tmp_path):
+    change_quantization(fp8, activation_scheme="dynamic")
+    restoration = restore(fp8, sound / "base", tmp_path / "target")
+    scales = {name for name in load(fp8) if name.endswith(".input_scale")}
+    assert set(restoration.dropped) == scales
+    assert len(scales) >= 3 * 6
+    assert set(load(tmp_path / "target")) == set(load(fp8)) - scales
+
+
 def split_experts(tensors):
     """Fused BF16 experts one by one."""
     result = {}

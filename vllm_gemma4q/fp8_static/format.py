@@ -11,10 +11,11 @@ and never written, largest value 448). Real weight = code * weight_scale; the en
     X.input_scale    F32      []       always
 
 Experts are stored one by one, `...layers.L.experts.E.{gate_proj,up_proj,down_proj}`: the only layout that vLLM 0.32
-loads with scales (fused 3-D experts with scales have no place there). gate_proj and up_proj of one expert have
-the same input_scale, and so have q_proj, k_proj and v_proj of one layer: they read the same input, and the loader
-refuses experts that differ. Across the experts of a layer vLLM takes the largest input_scale; ours are equal
-already. weight_scale is each linear's own; stock vLLM rounds fused linears again to the largest of theirs.
+loads with scales (fused 3-D experts with scales have no place there). Linears that read the same input have the same
+input_scale: q_proj, k_proj and v_proj of a layer, gate_proj and up_proj, and gate_proj and up_proj of all experts of a
+layer; so have their down_proj, for vLLM takes the largest input_scale of a layer's experts anyway. weight_scale is each
+linear's own. Stock vLLM rounds fused linears (qkv, gate and up, an expert's too) again to the largest of theirs, so
+theirs are powers of two apart: then only subnormal codes can change.
 All other tensors are the source's, bit for bit. KV cache scales are not written.
 
 Per tensor, config.json says `quant_method: fp8`, `activation_scheme: static`, and lists in `ignored_layers` the full

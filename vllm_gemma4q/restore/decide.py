@@ -75,7 +75,8 @@ class _Decider:
         for name, linear in unit.linears.items():
             self._check_base(linear, unit.base_linears[name], unit.others.get(f"{name}.weight_scale"))
         self.decision.kept_units.add(unit.name)
-        self.decision.kept |= unit.weights | unit.others
+        others = {name: tensor for name, tensor in unit.others.items() if not self.form.is_orphan(name)}
+        self.decision.kept |= unit.weights | others
 
     def rest(self, tensor: TensorInfo, found: TensorInfo | None) -> None:
         """A tensor that is never quantized, and what the quantized checkpoint has in its place."""

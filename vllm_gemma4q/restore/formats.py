@@ -15,6 +15,8 @@ from vllm_gemma4q.restore.names import is_fused
 METHODS = ("fp8", "quark", "compressed-tensors")
 _FP8_LISTS = ("ignored_layers", "modules_to_not_convert")
 _RENAMED = {"act_scale": "input_scale"}
+_STATIC = ("input_scale", "act_scale")
+_INPUT_SCALES = tuple(f"{joint}{name}" for name in _STATIC for joint in "._")
 # How files name what belongs to a fused expert tensor, after the tensor's own name.
 _FUSED_JOINTS = (".", "_")
 
@@ -32,6 +34,10 @@ class Format:
     method: str
     lists: tuple[str, ...]
     needs: tuple[tuple[str, ...], ...]
+
+    def is_orphan(self, name: str) -> bool:
+        """Whether a tensor of a quantized linear has no use: engines that scale inputs while serving refuse it."""
+        return name.endswith(_INPUT_SCALES) and _STATIC not in self.needs
 
     def missing(self, weight: str, names: Mapping[str, Any]) -> str | None:
         """A scale that a quantized weight should have and that is not in `names`; all names canonical."""
@@ -69,7 +75,7 @@ def parse_format(config: Mapping[str, Any]) -> Format:
 
 
 def _needs(weight_scale: str, static: bool) -> tuple[tuple[str, ...], ...]:
-    return ((weight_scale,), ("input_scale", "act_scale")) if static else ((weight_scale,),)
+    return ((weight_scale,), _STATIC) if static else ((weight_scale,),)
 
 
 def listed(config: Mapping[str, Any], form: Format) -> list[str]:
