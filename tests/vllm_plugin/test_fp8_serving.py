@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tolerances import FP8_DEFINITION, FP8_DIVERGENCE
+from tolerances import FP8_DEFINITION, FP8_DIVERGENCE, FP8_RANKS
 from vllm_plugin import fp8_checkpoints as fp8
 from vllm_plugin import fp8_definition
 from vllm_plugin.checkpoints import Tensors, load, unquantize
 from vllm_plugin.conftest import EXAMPLES, Family, Questions
-from vllm_plugin.engine import Answers, EngineError, Request, ask, ask_all, divergence, engine_environment
+from vllm_plugin.engine import Answers, EngineError, Request, ask_all, divergence, engine_environment
 
 from vllm_gemma4q.errors import InputError
 
@@ -25,6 +25,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 TOWER = r"vision_tower.*proj\.linear\.weight$"
 ROUTER = r"router\.proj\.weight$"
 FULL_LAYER = f"{fp8.LAYERS}2."  # full attention: no v_proj
+# Sums in another order flip roundings to E4M3; in BF16, so many that equal functions look different.
+FLOAT32 = {"dtype": "float32"}
 DISAGREES = "config.json's list of ignored modules disagrees with the weights"
 # The same modules, in the words of different tools.
 LISTS = {
@@ -33,7 +35,7 @@ LISTS = {
     "engine_names": ["vision_tower", "embed_vision.embedding_projection", "language_model.model.embed_tokens"],
     "empty": [],
 }
-SAME = [*LISTS, "virtual_values", "by_channel", "compressed_tensors", "leftovers", "text_scale"]
+SAME = ["engine_names", "empty", "leftovers", "virtual_values", "compressed_tensors"]
 
 
 @pytest.fixture(scope="module")
@@ -55,17 +57,17 @@ def dense(small_models: Path, texts: list[str], tmp_path_factory: pytest.TempPat
     listed = fp8.linears_outside(bf16)
     exact = fp8.quantize(bf16, folder / "fp8", fp8.observe(bf16, texts), listed)
     variants = {"fp8": exact}
-    for style, ignored in LISTS.items():
-        variants[style] = fp8.variant(exact, folder / style, ignored=ignored)
-    variants["virtual_values"] = fp8.variant(exact, folder / "virtual", ignored=[*listed, *fp8.virtual_values(bf16)])
-    variants["by_channel"] = fp8.variant(exact, folder / "by_channel", fp8.by_channel)
-    variants["compressed_tensors"] = fp8.reconfigured(
-        fp8.variant(exact, folder / "compressed_tensors", fp8.by_channel), fp8.compressed_tensors(LISTS["patterns"])
-    )
+    for style in ("engine_names", "empty"):
+        variants[style] = fp8.variant(exact, folder / style, ignored=LISTS[style])
     variants["leftovers"] = fp8.variant(
         exact, folder / "leftovers", lambda tensors: fp8.leave_scales(tensors, TOWER), LISTS["parts"]
     )
-    variants["text_scale"] = fp8.variant(exact, folder / "text_scale", _virtual_scales)
+    variants["virtual_values"] = fp8.variant(
+        exact, folder / "virtual", _virtual_scales, [*listed, *fp8.virtual_values(bf16)]
+    )
+    variants["compressed_tensors"] = fp8.reconfigured(
+        fp8.variant(exact, folder / "compressed_tensors", fp8.by_channel), fp8.compressed_tensors(LISTS["patterns"])
+    )
     variants["bf16_attention"] = fp8.variant(
         exact,
         folder / "bf16_attention",
@@ -103,7 +105,8 @@ def moe(small_models: Path, texts: list[str], tmp_path_factory: pytest.TempPathF
 def _ask_family(family: Family, questions: Questions) -> dict[str, Answers]:
     folders = {"bf16": family.bf16, **family.variants}
     requests = [Request(folder, questions.prompts, questions.pictures) for folder in folders.values()]
-    return dict(zip(folders, ask_all(requests), strict=True))
+    requests.append(Request(family.variants["fp8"], questions.prompts, engine=FLOAT32))
+    return dict(zip([*folders, "float32"], ask_all(requests), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -175,10 +178,11 @@ def test_the_log_says_what_was_done(dense_answers: dict[str, Answers]) -> None:
     assert dropped == [("28", "model.vision_tower.encoder.layers.0.mlp.down_proj.linear")]
 
 
-def test_answers_are_what_the_format_says(dense: Family, questions: Questions) -> None:
+def test_answers_are_what_the_format_says(
+    dense: Family, dense_answers: dict[str, Answers], questions: Questions
+) -> None:
     """In float32, where no other rounding blurs it: inputs are rounded as FP8 hardware does, weights once."""
-    folder = dense.variants["fp8"]
-    [engine] = ask_all([Request(folder, questions.prompts, engine={"dtype": "float32"})])
+    folder, engine = dense.variants["fp8"], dense_answers["float32"]
     told, weight_only = (
         replace(engine, logprobs=fp8_definition.logprobs(dense.bf16, folder, questions.prompts, rounded))
         for rounded in (True, False)
@@ -193,9 +197,11 @@ def test_two_ranks_answer_alike(
     kind: str, request: pytest.FixtureRequest, questions: Questions, ask_with: Callable[..., Answers]
 ) -> None:
     family, answers = request.getfixturevalue(kind), request.getfixturevalue(f"{kind}_answers")
-    together = ask_with(family.variants["fp8"], tensor_parallel_size=2)
-    assert together.tokens[len(questions.text) :] == answers["fp8"].tokens[len(questions.text) :]
-    assert _within(answers["fp8"], together, kind)
+    together = ask_with(family.variants["fp8"], tensor_parallel_size=2, **FLOAT32)
+    assert together.tokens[len(questions.text) :] == answers["float32"].tokens[len(questions.text) :]
+    measured = divergence(answers["float32"], together)
+    print(f"{kind}, two ranks: {measured}")
+    assert measured.mean_kld <= FP8_RANKS < divergence(answers["float32"], answers["fp8"]).mean_kld
 
 
 def test_compiled_graphs_diverge_little(
@@ -209,7 +215,7 @@ def test_stock_vllm_fails_on_a_cpu(dense: Family, monkeypatch: pytest.MonkeyPatc
     """What this plugin is for; with only the other method of ours switched on."""
     monkeypatch.setenv("VLLM_PLUGINS", "gemma4q_quark_int8")
     with pytest.raises(EngineError, match=r"_C::static_scaled_fp8_quant\(\) expected at most 0 argument"):
-        ask(Request(dense.variants["virtual_values"], [[2, 3, 4]]))
+        ask_all([Request(dense.variants["fp8"], [[2, 3, 4]])])
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,8 @@ class Fp8StaticConfig(QuantizationConfig):
         if current_platform.is_cpu():
             logger.info(
                 "FP8 on a CPU: weights stay in E4M3 and are decoded to float32 a block at a time; inputs are rounded "
-                "to E4M3 with their static scales, so answers are those of FP8 hardware up to the order of sums."
+                "to E4M3 with their static scales, so answers are those of FP8 hardware up to the order of sums. "
+                "Much slower than BF16: for looking at a checkpoint, not for traffic."
             )
 
     def _warn(self, wrong: list[str]) -> None:

@@ -21,7 +21,7 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8MoEMethod
 from vllm.model_executor.layers.quantization.utils.fp8_utils import process_fp8_input_tensor_strategy_moe
 from vllm.model_executor.layers.quantization.utils.w8a8_utils import normalize_e4m3fn_to_e4m3fnuz
-from vllm.model_executor.utils import replace_parameter, set_weight_attrs
+from vllm.model_executor.utils import is_weights_pre_processed, replace_parameter, set_weight_attrs
 from vllm.platforms import current_platform
 
 from vllm_gemma4q.fp8_static.linear import check_scales, engine_has_kernels
@@ -72,6 +72,9 @@ class FoldedFp8MoEMethod(Fp8MoEMethod):
     """vLLM's method, without its second rounding of gate and up."""
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        if is_weights_pre_processed():  # already folded by another process: only the kernel is missing
+            super().process_weights_after_loading(layer)
+            return
         for name in _SCALES:
             check_scales(layer.layer_name, name, getattr(layer, name))
         w13, w2 = layer.w13_weight.data, layer.w2_weight.data
