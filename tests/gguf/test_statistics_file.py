@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from gguf_mixed.cli import app
 from gguf_mixed.errors import InputError
+from gguf_mixed.fisher import fisher_sensitivity, read_fisher
 from gguf_mixed.imatrix_compute import compute_imatrix
 from gguf_mixed.imatrix_gguf import read_imatrix
 from gguf_mixed.llama_cpp import find_tool, run_tool
@@ -43,14 +44,15 @@ def chunks(folder, text):
 
 @pytest.fixture(scope="module", params=["dense", "moe"])
 def pair(request, llama_quantize, small_gguf, held_out_text, tmp_path_factory):
-    """(model, statistics file, the imatrix of llama-imatrix)"""
+    """(model, statistics file with a Fisher file beside it, the imatrix of llama-imatrix)"""
     folder, kind = tmp_path_factory.mktemp("statistics"), request.param
     checkpoint, model = ROOT / "examples" / "small_gemma4" / kind, small_gguf(kind)
     text = [{"name": held_out_text.name, "sha256": "0"}]
     samples = Samples(chunks(checkpoint, held_out_text), [0] * CHUNKS, text, "plain text")
-    calibration = Calibration(Decoder(open_checkpoint(checkpoint), torch.float32), samples, CONTEXT, 1 << 30)
+    decoder = Decoder(open_checkpoint(checkpoint), torch.float32)
+    calibration = Calibration(decoder, samples, CONTEXT, 1 << 30, passes=1)
     statistics = folder / "statistics.safetensors"
-    calibrate(calibration, statistics, folder / "work")
+    calibrate(calibration, statistics, folder / "work", folder / "fisher.safetensors")
     tool = find_tool("llama-imatrix")
     theirs = compute_imatrix(
         tool, model, held_out_text, folder / "theirs.gguf", chunks=CHUNKS, context=CONTEXT, threads=1
@@ -102,6 +104,18 @@ def test_llama_quantize_takes_what_is_written(pair, llama_quantize, tmp_path):
     n_entries = len(read_imatrix(output).entries)
     assert any(f"loaded {n_entries} importance matrix entries" in line for line in lines), "\n".join(lines)
     assert not any("did not find weights" in line and "token_embd" not in line for line in lines)
+
+
+def test_fisher_file_is_of_the_model(pair):
+    model, statistics, _ = pair
+    sensitivity = fisher_sensitivity(read_fisher(statistics.with_name("fisher.safetensors")))
+    wanted = [tensor for tensor in read_inventory(model).tensors.values() if not tensor.kept_because]
+    assert "token_embd.weight" in {tensor.name for tensor in wanted}
+    for tensor in wanted:
+        found = sensitivity.of(tensor)
+        found.check(tensor)
+        assert found.rows.sum() > 0
+        assert found.columns.sum() > 0
 
 
 def test_other_files(tmp_path):
