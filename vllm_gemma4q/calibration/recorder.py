@@ -70,6 +70,8 @@ class Recorder:
         finally:
             for handle in handles:
                 handle.remove()
+            if self._routing is not None:
+                self._layer.experts.watch = None  # a cycle would keep the layer in memory beside the next
 
     def start(self, sample: int) -> None:
         """Say which sample runs next."""
