@@ -23,9 +23,24 @@ from gguf_mixed.solver import Constraints
 from gguf_mixed.tensors import Inventory
 
 # Ternary types are for models trained so; IQ1 and most of IQ2 quantize at 1 to 8 MB/s; the other 4-bit types lose 1.6
-# to 5 times what IQ4_NL loses at its size.
+# to 5 times what IQ4_NL loses at its size. Q5_0 and Q5_1 stand in for Q4_K and Q5_K where rows do not fit these.
 _ONLY_WHEN_ASKED = frozenset(
-    ("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "TQ1_0", "TQ2_0", "Q1_0", "Q2_0", "Q4_0", "MXFP4", "NVFP4", "F32")
+    (
+        "IQ1_S",
+        "IQ1_M",
+        "IQ2_XXS",
+        "IQ2_XS",
+        "TQ1_0",
+        "TQ2_0",
+        "Q1_0",
+        "Q2_0",
+        "Q4_0",
+        "Q5_0",
+        "Q5_1",
+        "MXFP4",
+        "NVFP4",
+        "F32",
+    )
 )
 DEFAULT_TYPES = tuple(qtype for qtype in QUANTIZABLE_TYPES if qtype.name not in _ONLY_WHEN_ASKED)
 # IQ2_S builds its tables for 4.5 s of a processor before the first row, and above this size hardly a tensor gets it.

@@ -8,7 +8,7 @@ from gemma4q_kernels.ggml import GGMLQuantizationType
 from gguf import quants
 from gguf_files import BF16, F32, small_moe, write_gguf
 from llama_quantize import imatrix_of
-from tolerances import SAMPLED_ERROR_MEAN, SAMPLED_ERROR_RMS, WEIGHTED_ERROR
+from tolerances import SAMPLED_ERROR_MEAN, SAMPLED_ERROR_RMS, SLOW_TYPE_ERROR, WEIGHTED_ERROR
 
 from gguf_mixed.error_cache import ErrorCache
 from gguf_mixed.errors import InputError
@@ -179,6 +179,17 @@ def test_an_interrupted_run_is_resumed(quantizers, moe, tmp_path, monkeypatch):
     assert json.loads(cache.read_text().splitlines()[-1])["sums"].keys() == {"energy", "Q4_0", "Q8_0", "Q5_0"}
     fresh = measure(moe, quantizers, role_prior(moe), types=types, cache=cache, sampling=Sampling(4096, seed=1))
     assert fresh == expected
+
+
+def test_slow_types_are_measured_on_a_quarter_of_the_rows(quantizers, many_rows):
+    """As a multiple of Q4_K's error: near to all rows, and exactly what those rows say."""
+    types = [T.IQ4_XS, T.Q4_K]
+    whole, drawn = (measure(many_rows, quantizers, uniform(), types=types, sampling=s) for s in (EVERY_ROW, Sampling()))
+    ratios = [error_at(table, MANY, T.IQ4_XS) / error_at(table, MANY, T.Q4_K) for table in (whole, drawn)]
+    assert abs(ratios[1] / ratios[0] - 1) < SLOW_TYPE_ERROR
+    # The reference is measured where it is not asked for, and comes to the same.
+    alone = measure(many_rows, quantizers, uniform(), types=[T.IQ4_XS])
+    assert error_at(alone, MANY, T.IQ4_XS) == error_at(drawn, MANY, T.IQ4_XS)
 
 
 def test_anchor_scales_a_tensor_to_what_was_measured(quantizers, moe):
