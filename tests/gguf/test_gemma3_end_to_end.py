@@ -1,6 +1,7 @@
 """From a real published model to a measured plan: Gemma 3 270M through every command a user types.
 
-Sensitivity is the role prior here: Fisher information of this model takes minutes (benchmarks/gguf_allocation.py has it).
+Sensitivity is the role prior here: Fisher information of this model takes minutes, and is in
+benchmarks/gguf_allocation.py.
 """
 
 import json
