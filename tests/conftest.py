@@ -4,9 +4,18 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 # Shells start background jobs with Ctrl-C ignored, and programs that tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def the_same_numbers_every_time() -> None:
+    """Numbers that a test draws from torch's own generator are the same in every run, whichever tests ran before."""
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(0)

@@ -15,12 +15,15 @@ def rms_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float(difference.square().mean().sqrt() / expected.double().square().mean().sqrt())
 
 
+# One rounding to the output dtype, at worst: half a unit in the last place of the significand (8 bits, 11 bits).
+_ROUNDED = {torch.bfloat16: 2.0**-8 + 1e-5, torch.float16: 2.0**-11 + 1e-5}
+
 # int8_scaled_mm: the sum is exact, so only the epilogue rounds: three float32 operations, then the output dtype.
-INT8_SCALED_MM = {torch.float32: 2e-7, torch.bfloat16: 2.5e-3, torch.float16: 3e-4}
+INT8_SCALED_MM = {torch.float32: 2e-7, **_ROUNDED}
 
 # grouped_mm INT8 against float64. Beside the above: float32 noise flips a rounding of the intermediate now and then,
 # which moves one of its codes by one.
-INT8_MOE = {torch.float32: 1e-3, torch.bfloat16: 4e-3}
+INT8_MOE = {torch.float32: 1e-3, torch.bfloat16: 5e-3}
 
 # Stored losses of the small checkpoints (nats a token, float32): another processor sums in another order.
 SMALL_MODEL_LOSS = 2e-4
@@ -69,9 +72,9 @@ FISHER_OF_DRAWN_LABELS = 0.1
 FISHER_PREDICTION = (0.9, 2.5)
 
 # fp8_scaled_mm against float64: products are exact, sums are float32 in another order, then the output dtype.
-FP8_SCALED_MM = {torch.float32: 2e-6, torch.bfloat16: 2.5e-3, torch.float16: 3e-4}
+FP8_SCALED_MM = {torch.float32: 2e-6, **_ROUNDED}
 # Its experts: float32 noise flips a rounding of the intermediate now and then, which moves it by up to an eighth.
-FP8_MOE = {torch.float32: 2e-3, torch.bfloat16: 4e-3}
+FP8_MOE = {torch.float32: 2e-3, torch.bfloat16: 6e-3}
 
 # FP8 scales from a histogram of eight bins an octave, against the values that were counted: relative deviation of a
 # percentile and of the squared error of rounding. Measured: 0.0046 and 0.052; values times 1.1: 0.095 and 0.26.
