@@ -65,7 +65,7 @@ def command(
         from vllm_gemma4q.calibration.decoder import Decoder
         from vllm_gemma4q.calibration.texts import load_samples
     except ImportError as error:
-        raise InputError(f"{error.name}: not installed: pip install 'vllm-gemma4q[fisher]'") from error
+        raise InputError(f"{error.name}: not installed: pip install 'vllm-gemma4q[calibrate]'") from error
     limit = parse_size(activations_limit)
     chosen = None if dtype is Dtype.AUTO else getattr(torch, dtype.value)
     decoder = Decoder(open_checkpoint(source), chosen, device.value)
