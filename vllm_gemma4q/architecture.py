@@ -3,7 +3,8 @@
 Names are those of Hugging Face checkpoints (`Gemma4ForConditionalGeneration`, and the text-only
 `Gemma4ForCausalLM` whose language model sits at `model.` instead of `model.language_model.`).
 Shapes follow the text configuration, in either of the two forms transformers writes: plain keys
-(`global_head_dim`, `num_global_key_value_heads`) or `per_layer_config`.
+(`global_head_dim`, `num_global_key_value_heads`) or `per_layer_config`. One key is ours: pruned models whose layers
+keep different numbers of experts have them in `num_experts_per_layer`, and the largest in `num_experts`.
 
 Source: transformers `models/gemma4`, vLLM `model_executor/models/gemma4.py`. Vision and audio
 towers are recognised by name and never described further: nothing here quantizes them.
@@ -11,7 +12,7 @@ towers are recognised by name and never described further: nothing here quantize
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -23,6 +24,7 @@ MODEL_TYPES = ("gemma4", "gemma4_text")
 
 FULL_ATTENTION = "full_attention"
 SLIDING_ATTENTION = "sliding_attention"
+EXPERTS_PER_LAYER = "num_experts_per_layer"
 DEFAULT_GLOBAL_HEAD_DIM = 512  # what transformers assumes where the key is absent
 
 # Modules that vLLM fuses into one, in the order of their rows.
@@ -101,7 +103,7 @@ def is_fused_experts(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Layer:
-    """Sizes of one decoder layer."""
+    """Sizes of one decoder layer; `num_experts` is None in dense models."""
 
     index: int
     layer_type: str
@@ -110,11 +112,16 @@ class Layer:
     intermediate_size: int
     has_key_value: bool
     has_value: bool
+    num_experts: int | None
 
 
 @dataclass(frozen=True)
 class TextArchitecture:
-    """The language model of one checkpoint, parsed once from its configuration."""
+    """The language model of one checkpoint, parsed once from its configuration.
+
+    Attributes:
+        num_experts: of the layer that has most; None in dense models.
+    """
 
     root: str
     hidden_size: int
@@ -164,8 +171,8 @@ class TextArchitecture:
         for norm in norms:
             yield f"{norm}_layernorm.weight", (hidden,)
         yield "layer_scalar", (1,)
-        if self.num_experts is not None and self.moe_intermediate_size is not None:
-            experts, width = self.num_experts, self.moe_intermediate_size
+        if layer.num_experts is not None and self.moe_intermediate_size is not None:
+            experts, width = layer.num_experts, self.moe_intermediate_size
             yield "experts.gate_up_proj", (experts, 2 * width, hidden)
             yield "experts.down_proj", (experts, hidden, width)
             yield "router.proj.weight", (experts, hidden)
@@ -196,10 +203,9 @@ def parse_text_architecture(config: Mapping[str, Any]) -> TextArchitecture:
     text = config["text_config"] if nested else config
     if not isinstance(text, Mapping):
         raise InputError(f"config.json: text_config is {type(text).__name__}, expected an object")
-    layers = tuple(_parse_layers(text))
-    num_experts = _optional_size(text, "num_experts")
-    if num_experts is not None and not text.get("enable_moe_block", True):
-        num_experts = None
+    counts = _parse_expert_counts(text)
+    layers = tuple(_parse_layers(text, counts))
+    num_experts = max(counts) if counts else None
     per_layer = _optional_size(text, "hidden_size_per_layer_input") or 0
     return TextArchitecture(
         root="model.language_model." if nested else "model.",
@@ -216,7 +222,28 @@ def parse_text_architecture(config: Mapping[str, Any]) -> TextArchitecture:
     )
 
 
-def _parse_layers(text: Mapping[str, Any]) -> Iterator[Layer]:
+def _parse_expert_counts(text: Mapping[str, Any]) -> list[int] | None:
+    """How many experts each layer has; None in dense models."""
+    most, n_layers = _optional_size(text, "num_experts"), _size(text, "num_hidden_layers")
+    if most is None or not text.get("enable_moe_block", True):
+        return None
+    counts, least = text.get(EXPERTS_PER_LAYER), _size(text, "top_k_experts")
+    if counts is None:
+        return [most] * n_layers
+    key = f"config.json: {EXPERTS_PER_LAYER}"
+    if not isinstance(counts, list) or len(counts) != n_layers:
+        got = f"{len(counts)} entries" if isinstance(counts, list) else repr(counts)
+        raise InputError(f"{key}: got {got}, expected a list of num_hidden_layers = {n_layers}")
+    for index, count in enumerate(counts):
+        if not isinstance(count, int) or isinstance(count, bool) or not least <= count <= most:
+            wanted = f"an integer from top_k_experts = {least} to num_experts = {most}"
+            raise InputError(f"{key}[{index}]: got {count!r}, expected {wanted}")
+    if max(counts) != most:
+        raise InputError(f"{key}: got at most {max(counts)}, expected num_experts = {most} in at least one layer")
+    return counts
+
+
+def _parse_layers(text: Mapping[str, Any], expert_counts: Sequence[int] | None) -> Iterator[Layer]:
     count = _size(text, "num_hidden_layers")
     types = text.get("layer_types") or _default_layer_types(count)
     if len(types) != count:
@@ -243,6 +270,7 @@ def _parse_layers(text: Mapping[str, Any]) -> Iterator[Layer]:
             intermediate_size=_size(text, "intermediate_size") * (2 if wide else 1),
             has_key_value=index < shared_from,
             has_value=index < shared_from and not (is_full and key_equals_value),
+            num_experts=expert_counts[index] if expert_counts else None,
         )
 
 
