@@ -17,11 +17,10 @@ def summarize(steps: Iterable[Step]) -> dict[str, dict[str, int]]:
     table: dict[str, dict[str, int]] = {}
     for step in steps:
         row = table.setdefault(role_of(step.source.name).value, dict.fromkeys(_COUNTERS, 0))
-        start, stop = step.span
-        parameters = (stop - start) // DTYPE_BYTES[step.source.dtype]
+        parameters = step.source_bytes // DTYPE_BYTES[step.source.dtype]
         row["parameters"] += parameters
         row["quantized"] += parameters if step.transform is not None else 0
-        row["bytes_before"] += stop - start
+        row["bytes_before"] += step.source_bytes
         row["bytes_after"] += step.output_bytes
     order = [role.value for role in Role if role.value in table]
     result: dict[str, dict[str, int]] = {role: table[role] for role in order}

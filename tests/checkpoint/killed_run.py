@@ -6,12 +6,11 @@ import sys
 from itertools import count
 from pathlib import Path
 
-import vllm_gemma4q.checkpoint.rewrite as engine
 from vllm_gemma4q.checkpoint import open_checkpoint
 from vllm_gemma4q.checkpoint.convert import convert
 from vllm_gemma4q.quark_int8 import quantize
 
-engine.BLOCK_BYTES = 1 << 16
+sys.modules["vllm_gemma4q.checkpoint.rewrite"].BLOCK_BYTES = 1 << 16
 source, target, kill_at = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 blocks = count(1)
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_gemma4q.checkpoint.reader import CONFIG, INDEX, Checkpoint
-from vllm_gemma4q.checkpoint.rewrite import MAX_SHARD_BYTES, Progress, Shard, Step, pack, rewrite
+from vllm_gemma4q.checkpoint.rewrite import Progress, rewrite
 from vllm_gemma4q.checkpoint.run import MANIFEST, Run
-from vllm_gemma4q.checkpoint.sidecars import copy_sidecars, sidecars, to_json
+from vllm_gemma4q.checkpoint.sidecars import sidecars, to_json
+from vllm_gemma4q.checkpoint.steps import MAX_SHARD_BYTES, Shard, Step, pack
 from vllm_gemma4q.errors import InputError
 
 VERSION = metadata.version("vllm-gemma4q")
@@ -26,7 +27,8 @@ class Conversion:
 
     `steps` are in the order of their sources' bytes; `config` is the new config.json; `summary` goes into the
     manifest as it is, and so do `details`, which may name every tensor. Steps may also take tensors from `base`,
-    a second checkpoint of which nothing else is read.
+    a second checkpoint of which nothing else is read. `files` are small ones to be written beside the weights, by
+    name, in place of the source's of that name.
     """
 
     scheme: str
@@ -37,6 +39,7 @@ class Conversion:
     max_shard_bytes: int = MAX_SHARD_BYTES
     details: Mapping[str, Any] = field(default_factory=dict)
     base: Checkpoint | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
 
     @cached_property
     def shards(self) -> list[Shard]:
@@ -44,22 +47,28 @@ class Conversion:
 
     @property
     def source_bytes(self) -> int:
-        return sum(stop - start for start, stop in (step.span for step in self.steps))
+        return sum(step.source_bytes for step in self.steps)
 
     @property
     def output_bytes(self) -> int:
         """Size of all output shards, headers included."""
         return sum(len(shard.header()) + shard.n_bytes for shard in self.shards)
 
+    @property
+    def sidecars(self) -> list[Path]:
+        """Files of the source to be copied as they are."""
+        return [path for path in sidecars(self.source.folder) if path.name not in self.files]
+
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one it resumes."""
         plan = [_decided(step, step.source.path in self.source.shards) for step in self.steps]
-        decided = json.dumps([plan, self.config, self.max_shard_bytes], sort_keys=True)
-        files = [*self.source.shards, self.source.folder / CONFIG, *sidecars(self.source.folder)]
+        written = {name: _sha256(content) for name, content in self.files.items()}
+        decided = json.dumps([plan, self.config, self.max_shard_bytes, written], sort_keys=True)
+        files = [*self.source.shards, self.source.folder / CONFIG, *self.sidecars]
         identity = {
             "tool version": VERSION,
             "scheme": self.scheme,
-            "plan": hashlib.sha256(decided.encode()).hexdigest(),
+            "plan": _sha256(decided.encode()),
             "source": _stamps(files),
         }
         return identity if self.base is None else {**identity, "base": _stamps(self.base.shards)}
@@ -67,8 +76,8 @@ class Conversion:
 
 def _decided(step: Step, is_from_source: bool) -> list[Any]:
     """What a step's bytes depend on beside the files and the scheme."""
-    constants = [constant.data.hex() for constant in step.constants]
-    return [is_from_source, step.source.name, step.span, [asdict(output) for output in step.written], constants]
+    constants = [_sha256(constant.data) for constant in step.constants]
+    return [is_from_source, step.source.name, step.spans, [asdict(output) for output in step.written], constants]
 
 
 def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:
@@ -105,11 +114,13 @@ def convert(
     with run:
         run.require_space(conversion.output_bytes)
         shards = conversion.shards
-        unhashed = () if conversion.base is None else conversion.base.shards
-        source_hashes = rewrite(shards, run, progress, unhashed)
+        source_hashes = rewrite(shards, run, progress, conversion.source.shards)
         if verify is not None:
             verify([target / shard.name for shard in shards])
-        copy_sidecars(conversion.source.folder, run)
+        for path in conversion.sidecars:
+            run.write_bytes(path.name, path.read_bytes())
+        for name, content in conversion.files.items():
+            run.write_bytes(name, content)
         if conversion.identity() != run.identity:
             raise InputError(f"{conversion.source.folder}: changed while it was read")
         config = to_json(conversion.config)
@@ -137,10 +148,10 @@ def _manifest(
 ) -> dict[str, Any]:
     folder = conversion.source.folder
     hashes = {path.name: digest for path, digest in source_hashes.items()}
-    for path in [folder / CONFIG, *sidecars(folder)]:
-        hashes[path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in [folder / CONFIG, *conversion.sidecars]:
+        hashes[path.name] = _sha256(path.read_bytes())
     outputs = {name: {"bytes": file.n_bytes, "sha256": file.sha256} for name, file in sorted(run.finished.items())}
-    outputs[CONFIG] = {"bytes": len(config), "sha256": hashlib.sha256(config).hexdigest()}
+    outputs[CONFIG] = {"bytes": len(config), "sha256": _sha256(config)}
     return {
         "identity": run.identity,
         "command": list(command),
@@ -156,3 +167,7 @@ def _manifest(
         },
         "output": outputs,
     }
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,9 +1,7 @@
 """Stream a checkpoint through a plan of steps into new shards, holding a few blocks of rows in memory.
 
-A step takes one source tensor, or a range of its rows, and yields one or more output tensors that lie
-behind each other in the output. Without a transform the bytes are copied. With one, blocks of rows
-become one array per output: the first is written as it comes, the others (scales) when the step ends,
-and behind them constants that the plan knows already.
+Without a transform a step's bytes are copied. With one, blocks of rows become one array per output: the first
+is written as it comes, the others (scales) when the step ends, and behind them constants that the plan knows already.
 
 Three stages overlap: a thread reads and hashes the source, the caller's thread transforms, a thread
 hashes and writes. They share `_BUFFERS` blocks of memory that are allocated once: fresh memory for each
@@ -17,21 +15,20 @@ import queue
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from vllm_gemma4q.checkpoint.direct_io import DirectReader, aligned_buffer, fits
 from vllm_gemma4q.checkpoint.hashing import HashingReader, HashingWriter
-from vllm_gemma4q.checkpoint.header import DTYPE_BYTES, TensorInfo, write_header
+from vllm_gemma4q.checkpoint.header import DTYPE_BYTES
 from vllm_gemma4q.checkpoint.run import Run
+from vllm_gemma4q.checkpoint.steps import OutputTensor, Shard, Step
 from vllm_gemma4q.errors import InputError
 
-Transform = Callable[[torch.Tensor, Sequence[torch.Tensor]], object]
 Progress = Callable[[int], object]
 
-MAX_SHARD_BYTES = 5_000_000_000
 BLOCK_BYTES = 4 << 20
 # One being read, one being transformed, its result, two being written.
 _BUFFERS = 5
@@ -42,111 +39,24 @@ _TORCH_DTYPES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class OutputTensor:
-    """A tensor to be written."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def n_bytes(self) -> int:
-        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
-
-
-@dataclass(frozen=True)
-class Constant:
-    """A small tensor whose bytes are known before anything is read, such as a scale that was measured."""
-
-    output: OutputTensor
-    data: bytes
-
-
-@dataclass(frozen=True)
-class Step:
-    """What becomes of one source tensor, or of its rows `first_row` to `last_row` (excluded).
-
-    `transform(rows, out)` turns a block `[r, row_length]` in the source's dtype into one tensor per output, of
-    the output's dtype and of its shape but for r leading rows; it fills those it is given. A ValueError it raises
-    is reported with the source tensor's name. `constants` are written behind the outputs.
-    """
-
-    source: TensorInfo
-    outputs: tuple[OutputTensor, ...]
-    transform: Transform | None = None
-    first_row: int = 0
-    last_row: int | None = None
-    constants: tuple[Constant, ...] = ()
-
-    @property
-    def written(self) -> Iterator[OutputTensor]:
-        """Every tensor that the step writes, in the order of the file."""
-        yield from self.outputs
-        yield from (constant.output for constant in self.constants)
-
-    @property
-    def span(self) -> tuple[int, int]:
-        """Absolute byte range of the source rows."""
-        row_bytes = self.source.row_length * DTYPE_BYTES[self.source.dtype]
-        if self.last_row is None:
-            return self.source.start, self.source.end
-        return self.source.start + self.first_row * row_bytes, self.source.start + self.last_row * row_bytes
-
-    @property
-    def output_bytes(self) -> int:
-        return sum(output.n_bytes for output in self.written)
-
-
-@dataclass
-class Shard:
-    """One output file: its steps in order. `name` is set once the number of shards is known."""
-
-    steps: list[Step] = field(default_factory=list)
-    n_bytes: int = 0
-    name: str = ""
-
-    @property
-    def outputs(self) -> Iterator[OutputTensor]:
-        return (output for step in self.steps for output in step.written)
-
-    def header(self) -> bytes:
-        """What the file starts with; `n_bytes` of tensors follow."""
-        return write_header((output.name, output.dtype, output.shape) for output in self.outputs)
-
-
-def pack(steps: Sequence[Step], max_shard_bytes: int = MAX_SHARD_BYTES) -> list[Shard]:
-    """Distribute steps over shards in order; a step is never split, so one larger than a shard stands alone."""
-    shards = [Shard()]
-    for step in steps:
-        if shards[-1].steps and shards[-1].n_bytes + step.output_bytes > max_shard_bytes:
-            shards.append(Shard())
-        shards[-1].steps.append(step)
-        shards[-1].n_bytes += step.output_bytes
-    for number, shard in enumerate(shards, start=1):
-        single = len(shards) == 1
-        shard.name = "model.safetensors" if single else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-    return shards
-
-
-def rewrite(shards: Sequence[Shard], run: Run, progress: Progress, unhashed: Collection[Path] = ()) -> dict[Path, str]:
+def rewrite(shards: Sequence[Shard], run: Run, progress: Progress, hashed: Collection[Path]) -> dict[Path, str]:
     """Write every shard that `run` has not finished yet.
 
     Args:
         shards: from `pack`, sources in the order in which their bytes lie on disk.
         progress: called with the number of source bytes consumed.
-        unhashed: source files of which only what the steps name is read.
+        hashed: source files to be read and hashed as a whole; of others, only what steps name is read.
 
     Returns:
-        SHA-256 of each other source file.
+        SHA-256 of each of `hashed`.
 
     Raises:
         InputError: a transform refused a block, a source file changed its size, or the target cannot be written.
     """
     with contextlib.ExitStack() as stack:
         files: dict[Path, HashingReader | DirectReader] = {}
-        for path in sorted({step.source.path for shard in shards for step in shard.steps}):
-            files[path] = DirectReader(path) if path in unhashed else HashingReader(path)
+        for path in sorted({step.source.path for shard in shards for step in shard.steps} | set(hashed)):
+            files[path] = HashingReader(path) if path in hashed else DirectReader(path)
             stack.callback(files[path].close)
         stack.enter_context(_one_torch_thread())
         reader = stack.enter_context(ThreadPoolExecutor(1, "reader"))
@@ -154,13 +64,13 @@ def rewrite(shards: Sequence[Shard], run: Run, progress: Progress, unhashed: Col
         pipeline = _Pipeline(reader, writer, files, progress)
         for shard in shards:
             if shard.name in run.finished:
-                progress(sum(stop - start for start, stop in (step.span for step in shard.steps)))
+                progress(sum(step.source_bytes for step in shard.steps))
                 continue
             with run.writing(shard.name) as output:
                 pipeline.write(shard, output)
             run.record(shard.name)
-        hashed = {path: file for path, file in files.items() if isinstance(file, HashingReader)}
-        return {path: reader.submit(file.finish).result() for path, file in hashed.items()}
+        whole = {path: file for path, file in files.items() if isinstance(file, HashingReader)}
+        return {path: reader.submit(file.finish).result() for path, file in whole.items()}
 
 
 @contextlib.contextmanager
@@ -184,7 +94,7 @@ class _Block:
 
     @property
     def is_last(self) -> bool:
-        return self.stop == self.step.span[1]
+        return self.stop == self.step.spans[-1][1]
 
     @property
     def first_row(self) -> int:
@@ -194,13 +104,13 @@ class _Block:
 
 def _blocks(steps: Sequence[Step]) -> Iterator[_Block]:
     for step in steps:
-        start, stop = step.span
         size = BLOCK_BYTES
         if step.transform is not None:
             row_bytes = step.source.row_length * DTYPE_BYTES[step.source.dtype]
             size = max(1, BLOCK_BYTES // row_bytes) * row_bytes
-        for position in range(start, max(stop, start + 1), size):
-            yield _Block(step, position, min(position + size, stop))
+        for start, stop in step.spans:
+            for position in range(start, max(stop, start + 1), size):
+                yield _Block(step, position, min(position + size, stop))
 
 
 class _Pipeline:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_gemma4q.checkpoint.reader import CONFIG, INDEX
-from vllm_gemma4q.checkpoint.run import MANIFEST, Run
+from vllm_gemma4q.checkpoint.run import MANIFEST
 
 _SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt"})
 _LICENCES = ("license", "notice", "use_policy")
@@ -22,11 +22,6 @@ def sidecars(folder: Path) -> list[Path]:
         return path.suffix in _SUFFIXES or path.name.lower().startswith(_LICENCES)
 
     return sorted(path for path in folder.iterdir() if is_sidecar(path))
-
-
-def copy_sidecars(folder: Path, run: Run) -> None:
-    for path in sidecars(folder):
-        run.write_bytes(path.name, path.read_bytes())
 
 
 def to_json(value: Mapping[str, Any]) -> bytes:
