@@ -1,7 +1,8 @@
-"""vLLM's Gemma 4 with one addition: a quantization config may mend tensors while they stream in.
+"""vLLM's Gemma 4 with two additions: a quantization config may mend tensors while they stream in, and layers may have
+different numbers of experts.
 
-One class for all schemes, since vLLM knows one class an architecture: the active config says what is to be mended,
-by its `weight_mender`. For all other checkpoints this is the upstream class.
+One class for all, since vLLM knows one class an architecture: the active config says what is to be mended, by its
+`weight_mender`; the model's configuration says how many experts. For all other checkpoints this is the upstream class.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -10,6 +11,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models import gemma4
+
+from vllm_gemma4q.pruned_moe.model import own_experts_in_each_layer
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 Mender = Callable[[Weights], Iterator[tuple[str, torch.Tensor]]]
@@ -28,7 +31,8 @@ class Gemma4ForCausalLM(gemma4.Gemma4ForCausalLM):
     """Upstream's class, under its own name; `load_weights` streams through the config's mender."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        with own_experts_in_each_layer(vllm_config):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)
         # Kept, because it may hold halves: the multimodal wrapper calls `load_weights` once per run of names.
         self._mend = self.quant_config.weight_mender() if isinstance(self.quant_config, MendingConfig) else None
 

@@ -34,6 +34,11 @@ def register_fp8_static() -> None:
     _register_model("FP8 checkpoints with static scales")
 
 
+def register_pruned_moe() -> None:
+    """Register the model that gives each layer its own number of experts, whatever the checkpoint's dtype."""
+    _register_model("checkpoints whose layers have different numbers of experts")
+
+
 def _register_model(needed_by: str) -> None:
     """Put our model, one for all methods, in the place of vLLM's; another plugin's is left there."""
     from vllm.model_executor.models import ModelRegistry

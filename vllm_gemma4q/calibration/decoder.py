@@ -5,6 +5,7 @@ norm, scaled embedding. Samples run one by one, without padding and without a ca
 Not done: shared keys and values, per-layer inputs (E2B, E4B): refused.
 """
 
+import copy
 from collections import UserDict
 from collections.abc import Sequence
 from typing import Any
@@ -64,10 +65,12 @@ class Decoder:
 
     def layer(self, index: int) -> Any:
         """Load one decoder layer. The caller drops it before asking for the next."""
+        config = copy.copy(self.config)
+        config.num_experts = self.architecture.layers[index].num_experts
         with torch.device("meta"):
-            layer = Gemma4TextDecoderLayer(self.config, index)
-            if self.config.enable_moe_block:
-                layer.experts = Experts(self.config)
+            layer = Gemma4TextDecoderLayer(config, index)
+            if config.enable_moe_block:
+                layer.experts = Experts(config)
         load_module(layer, self.checkpoint, self.layer_name(index) + ".", self.dtype, self.device)
         return layer.eval()
 

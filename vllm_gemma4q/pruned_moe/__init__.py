@@ -1,0 +1,1 @@
+"""Gemma 4 with experts pruned, any number of them in each layer."""
