@@ -12,6 +12,7 @@ from gguf_mixed.commands import (
     inspect,
     modelfile,
     plan,
+    prune,
     quantize,
     sweep,
     verify,
@@ -35,6 +36,7 @@ app.command("compute-imatrix")(compute_imatrix.command)
 app.command("fisher")(fisher.command)
 app.command("weigh-imatrix")(weigh_imatrix.command)
 app.command("plan")(plan.command)
+app.command("prune")(prune.command)
 app.command("quantize")(quantize.command)
 app.command("verify")(verify.command)
 app.command("divergence")(divergence.command)

@@ -8,9 +8,10 @@ Source: `llama_model_quantize_impl` (src/llama-quant.cpp), `weight_name_comparer
 
 import re
 import struct
+from collections.abc import Iterable, Sequence
 from typing import BinaryIO
 
-from gemma4q_kernels.ggml import tensor_bytes
+from gemma4q_kernels.ggml import GGMLQuantizationType, tensor_bytes
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGUFValueType
 
 from gguf_mixed.header import FIXED_BYTES, Header, KeyValue, Scalar, pad
@@ -24,6 +25,8 @@ _OFFSET = struct.Struct("<IQ")
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
 _BLOCK = re.compile(r"blk\.(\d+)", re.ASCII)
+
+Listed = tuple[str, tuple[int, ...], GGMLQuantizationType]
 
 
 def written_order(job: Job) -> list[Tensor]:
@@ -39,18 +42,34 @@ def output_header(job: Job) -> bytes:
         OSError: the model cannot be read.
     """
     changes = job.metadata_changes
-    copied = _copied_keys(job.inventory.headers[0])
+    copied = copied_keys(job.inventory.headers[0])
     keys = [raw for key, raw in copied.items() if key not in changes]
-    keys += [_string(key.encode()) + _value(value) for key, value in changes.items() if value is not None]
-    parts = [_FIXED.pack(b"GGUF", _VERSION, len(job.inventory.tensors), len(keys)), *keys]
+    keys += [key_bytes(key, value) for key, value in changes.items() if value is not None]
+    listed = [(tensor.name, tensor.shape, job.written[tensor.name]) for tensor in written_order(job)]
+    return assemble(keys, listed, GGUF_DEFAULT_ALIGNMENT)
+
+
+def assemble(keys: Sequence[bytes], tensors: Iterable[Listed], alignment: int) -> bytes:
+    """Everything before the data, padding included.
+
+    Args:
+        keys: each with its kind and value, as stored.
+        tensors: name, shape with the row length first, type; in the order of their data.
+        alignment: what `general.alignment` says among the keys, 32 where it does not.
+    """
+    entries: list[bytes] = []
     offset = 0
-    for tensor in written_order(job):
-        qtype = job.written[tensor.name]
-        sizes = struct.pack(f"<I{len(tensor.shape)}Q", len(tensor.shape), *tensor.shape)
-        parts += [_string(tensor.name.encode()), sizes, _OFFSET.pack(qtype.value, offset)]
-        offset += pad(tensor_bytes(qtype, tensor.shape), GGUF_DEFAULT_ALIGNMENT)
-    header = b"".join(parts)
-    return header.ljust(pad(len(header), GGUF_DEFAULT_ALIGNMENT), b"\0")
+    for name, shape, qtype in tensors:
+        sizes = struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
+        entries.append(_string(name.encode()) + sizes + _OFFSET.pack(qtype.value, offset))
+        offset += pad(tensor_bytes(qtype, shape), alignment)
+    header = b"".join([_FIXED.pack(b"GGUF", _VERSION, len(entries), len(keys)), *keys, *entries])
+    return header.ljust(pad(len(header), alignment), b"\0")
+
+
+def key_bytes(key: str, value: Scalar) -> bytes:
+    """A key that is set, with its kind and value."""
+    return _string(key.encode()) + _value(value)
 
 
 def _position(tensor: Tensor) -> tuple[int, bytes]:
@@ -58,30 +77,35 @@ def _position(tensor: Tensor) -> tuple[int, bytes]:
     return int(match[1]) if match else -1, tensor.name.encode()
 
 
-def _copied_keys(header: Header) -> dict[str, bytes]:
-    """Every key with its kind and value as ggml writes it; `read_header` has checked that all of it is there."""
+def copied_keys(header: Header, exactly: bool = False) -> dict[str, bytes]:
+    """Every key with its kind and value; `read_header` has checked that all of it is there.
+
+    Args:
+        exactly: as stored. Else as ggml writes it: strings end at their first zero byte.
+    """
     with header.path.open("rb") as file:
         file.seek(FIXED_BYTES)
-        return {key: _copied(file, entry) for key, entry in header.metadata.items()}
+        return {key: _copied(file, entry, exactly) for key, entry in header.metadata.items()}
 
 
-def _copied(file: BinaryIO, entry: KeyValue) -> bytes:
+def _copied(file: BinaryIO, entry: KeyValue, exactly: bool) -> bytes:
     start = file.read(8 + len(entry.key.encode()) + 4)
     left = entry.written_bytes - len(start)
     if entry.kind is GGUFValueType.STRING:
-        return start + _c_string(file)
+        return start + _copied_string(file, exactly)
     if entry.kind is not GGUFValueType.ARRAY:
         return start + file.read(left)
     array = file.read(_ARRAY.size)
     kind, count = _ARRAY.unpack(array)
     if kind != GGUFValueType.STRING:
         return start + array + file.read(left - len(array))
-    return start + array + b"".join(_c_string(file) for _ in range(count))
+    return start + array + b"".join(_copied_string(file, exactly) for _ in range(count))
 
 
-def _c_string(file: BinaryIO) -> bytes:
+def _copied_string(file: BinaryIO, exactly: bool) -> bytes:
     (length,) = _U64.unpack(file.read(_U64.size))
-    return _string(file.read(length).partition(b"\0")[0])
+    raw = file.read(length)
+    return _string(raw if exactly else raw.partition(b"\0")[0])
 
 
 def _string(raw: bytes) -> bytes:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,26 @@ BASE_TYPES = (T.Q8_0, T.Q5_1, T.Q5_0, T.Q4_1, T.Q4_0, T.Q6_K, T.IQ4_NL, T.IQ4_XS
 _MIX_OF_TYPE = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M", "MXFP4": "MXFP4_MOE"}
 _FLOAT_LABELS = {"F32": LlamaFileType.ALL_F32, "F16": LlamaFileType.MOSTLY_F16, "BF16": LlamaFileType.MOSTLY_BF16}
 _NEWER_LABELS = {"Q2_0": 41}  # LLAMA_FTYPE_MOSTLY_Q2_0, which the gguf package does not list yet
+
+
+class PlannedFile(Protocol):
+    """What a file that is made of a model must turn out to be."""
+
+    @property
+    def inventory(self) -> Inventory:
+        """The model."""
+
+    @property
+    def written(self) -> Mapping[str, GGMLQuantizationType]:
+        """Type of every tensor in the output."""
+
+    @property
+    def file_type(self) -> int | None:
+        """The output's label, `general.file_type`; None: it has none."""
+
+    @property
+    def file_bytes(self) -> int:
+        """The output's size."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +192,7 @@ def check_source(job: Job, allow_requantize: bool) -> None:
         raise InputError(f"{job.inventory.path.name}: already quantized, which costs quality twice: --allow-requantize")
 
 
-def check_output(job: Job, output: Path, overwrite: bool) -> None:
+def check_output(job: PlannedFile, output: Path, overwrite: bool) -> None:
     """Check that the output may be written and fits on the disk.
 
     Raises:
@@ -200,7 +221,7 @@ def run_and_verify(job: Job, command: list[str], output: Path, log: Log) -> list
     return write_and_verify(job, output, lambda _: run_tool(command, log))
 
 
-def write_and_verify(job: Job, output: Path, write: Callable[[Path], object]) -> list[str]:
+def write_and_verify(job: PlannedFile, output: Path, write: Callable[[Path], object]) -> list[str]:
     """Have the output written to `partial_path(output)`; rename that when all is as planned.
 
     Args:

@@ -11,13 +11,13 @@ from gguf_mixed.tensors import Inventory, read_inventory
 
 
 def find_differences(
-    written: Path, types: Mapping[str, GGMLQuantizationType], file_type: int, file_bytes: int | None = None
+    written: Path, types: Mapping[str, GGMLQuantizationType], file_type: int | None, file_bytes: int | None = None
 ) -> list[str]:
     """What is not as planned, one line each; empty when all is.
 
     Args:
         types: of every tensor of the file, those that are never quantized too.
-        file_type: the label, `general.file_type`.
+        file_type: the label, `general.file_type`; None: there is none.
         file_bytes: the predicted size. None where the keys are not known (the path of the imatrix is one): then the
             header is taken as it is, and the data must have the planned size.
 
@@ -41,7 +41,7 @@ def _types(inventory: Inventory, types: Mapping[str, GGMLQuantizationType]) -> l
     return lines
 
 
-def _label(inventory: Inventory, file_type: int) -> list[str]:
+def _label(inventory: Inventory, file_type: int | None) -> list[str]:
     found = inventory.headers[0].get("general.file_type")
     return [] if found == file_type else [f"general.file_type: got {found}, expected {file_type}"]
 
