@@ -146,7 +146,8 @@ def _print(report: dict[str, Any]) -> None:
     would = " (not written)" if report["dry_run"] else ""
     used = f"top {top_k['after']}" + (f", before {top_k['before']}" if top_k["after"] != top_k["before"] else "")
     print(f"{report['layers']} layers keep {experts['after']} of {experts['before']} experts, {used}")
-    print(f"parameters: {report['parameters']['before']:,} -> {report['parameters']['after']:,}")
+    tensors = " -> ".join(decimal(report["tensor_bytes"][when]) for when in ("before", "after"))
+    print(f"parameters: {report['parameters']['before']:,} -> {report['parameters']['after']:,}, tensors: {tensors}")
     print(f"{report['output']}{would}: {size['before']:,} -> {size['after']:,} bytes")
     if report["imatrix"]:
         found = report["imatrix"]
