@@ -1,4 +1,4 @@
-"""Run one conversion from checkpoint to checkpoint: shards, sidecars, manifest, index, then config.json."""
+"""Run one conversion from checkpoint to checkpoint: shards, sidecars, index, manifest, then config.json."""
 
 import hashlib
 import json
@@ -124,9 +124,9 @@ def convert(
         if conversion.identity() != run.identity:
             raise InputError(f"{conversion.source.folder}: changed while it was read")
         config = to_json(conversion.config)
-        run.write_bytes(MANIFEST, to_json(_manifest(conversion, run, source_hashes, command, config)))
         if len(shards) > 1:
             run.write_bytes(INDEX, to_json(_index(shards)))
+        run.write_bytes(MANIFEST, to_json(_manifest(conversion, run, source_hashes, command, config)))
         run.write_bytes(CONFIG, config)
         run.complete()
     return True
