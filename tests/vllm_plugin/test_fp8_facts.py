@@ -54,7 +54,7 @@ def facts(config: dict, headers: Headers, ignored: list[str] | None = None) -> F
 
 def test_every_linear_of_a_dense_model_is_fp8() -> None:
     found = facts(DENSE, fp8_headers(DENSE))
-    assert not found.unquantized and not found.leftovers and found.num_experts == 0
+    assert not found.unquantized and not found.leftovers
     assert found.fp8["layers.0.self_attn.q_proj"] == 64 and found.fp8["layers.0.mlp.up_proj"] == 96
     assert "layers.2.self_attn.v_proj" not in found.fp8
     assert len(found.fp8) == 3 * 7 - 1
@@ -65,7 +65,7 @@ def test_every_linear_of_a_dense_model_is_fp8() -> None:
 def test_layouts_of_experts(experts: str, fp8: bool) -> None:
     found = facts(MOE, fp8_headers(MOE, experts))
     assert ("layers.1.experts" in found.fp8) is fp8 and ("layers.1.experts" in found.unquantized) is not fp8
-    assert not found.channel_experts and found.num_experts == 4
+    assert not found.channel_experts and found.fp8.get("layers.1.experts", 4) == 4
 
 
 def test_the_engines_names() -> None:
@@ -143,6 +143,14 @@ REFUSED_EXPERTS: dict[str, tuple[Change, str]] = {
         _set(f"{EXPERTS}3.up_proj.weight_scale", "F32", 32),
         f"tensor {EXPERTS}3.up_proj.weight: got a scale a row, expected one for all rows",
     ),
+    "scale of experts that are not fused": (
+        _set(f"{EXPERTS}gate_up_proj_scale", "F32", 4),
+        f"tensor {EXPERTS}gate_up_proj_scale: got a scale, expected none: there is no such weight",
+    ),
+    "scale of an expert that was dropped": (
+        _set(f"{EXPERTS}4.up_proj.weight_scale", "F32"),
+        f"tensor {EXPERTS}4.up_proj.weight_scale: got a scale, expected none: there is no such weight",
+    ),
     "fused beside indexed": (
         _set(f"{EXPERTS}gate_up_proj", "BF16", 4, 64, 64),
         f"tensor {EXPERTS}gate_up_proj: got fused experts, expected none beside",
@@ -158,6 +166,10 @@ REFUSED_FUSED: dict[str, tuple[Change, str]] = {
         f"tensor {EXPERTS}down_proj.input_scale: got nothing (missing)",
     ),
     "scale of another shape": (_set(f"{EXPERTS}down_proj_scale", "F32", 4, 2), "got F32 [4, 2], expected"),
+    "scale of one expert": (
+        _set(f"{EXPERTS}0.up_proj.input_scale", "F32"),
+        f"tensor {EXPERTS}0.up_proj.input_scale: got a scale, expected none: there is no such weight",
+    ),
 }
 
 
@@ -219,7 +231,7 @@ def test_disagreements() -> None:
 class Layer:
     """One linear and fused experts of three, as they stream by."""
 
-    facts = Facts({"layers.1.mlp.up_proj": 4, "layers.1.experts": 0}, frozenset(), frozenset(), frozenset(), 3)
+    facts = Facts({"layers.1.mlp.up_proj": 4, "layers.1.experts": 3}, frozenset(), frozenset(), frozenset())
     prefix = "model.layers.1."
 
 
@@ -239,7 +251,7 @@ def test_columns_of_experts_become_vectors() -> None:
 
 def test_other_tensors_pass_and_leftovers_do_not() -> None:
     kept = [("model.layers.1.mlp.down_proj.weight_scale", torch.tensor(1.0)), ("model.norm.weight", torch.ones(2))]
-    known = Facts({}, frozenset(), frozenset(), frozenset({"model.language_model.layers.0.mlp.up_proj.input_scale"}), 0)
+    known = Facts({}, frozenset(), frozenset(), frozenset({"model.language_model.layers.0.mlp.up_proj.input_scale"}))
     dropped = ("model.layers.0.mlp.up_proj.input_scale", torch.tensor(1.0))
     assert [id(tensor) for _, tensor in mend([*kept, dropped], known)] == [id(tensor) for _, tensor in kept]
 

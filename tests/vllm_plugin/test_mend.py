@@ -40,6 +40,12 @@ def test_fused_scales_are_split(suffix: str, trailing: tuple[int, ...]) -> None:
     assert torch.equal(got[f"{prefix}2.up_proj.weight_scale"], scale.reshape(3, 4)[2, 2:])
 
 
+def test_columns_of_one_experts_scales_become_vectors() -> None:
+    name, column = f"{LAYER}experts.2.up_proj.weight_scale", torch.rand(4, 1)
+    [(got, scale)] = mend([(name, column)], NONE, {})
+    assert got == name and torch.equal(scale, column[:, 0])
+
+
 @pytest.mark.parametrize("suffix", ["", ".weight"])
 def test_unquantized_fused_experts_stay_whole(suffix: str) -> None:
     experts = torch.rand(3, 4, 5).bfloat16()

@@ -21,6 +21,7 @@ from vllm_gemma4q.fp8_static.facts import Facts, disagreements, read_facts
 from vllm_gemma4q.fp8_static.ignore import IgnoreList
 from vllm_gemma4q.fp8_static.mend import mend
 from vllm_gemma4q.fp8_static.scheme import METHOD_NAME, claims, ignored_names
+from vllm_gemma4q.module_headers import relative_name
 from vllm_gemma4q.quark_int8.headers import find_headers
 
 if TYPE_CHECKING:
@@ -125,7 +126,6 @@ class Fp8StaticConfig(QuantizationConfig):
 
         if isinstance(layer, RoutedExperts):
             from vllm_gemma4q.fp8_static.moe import fp8_experts_method
-            from vllm_gemma4q.quark_int8.facts import relative_name
 
             if not self.is_fp8(prefix):
                 return UnquantizedFusedMoEMethod(layer.moe_config)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 from vllm_gemma4q.architecture import EXPERT_SHARDS, FUSED_SHARDS, Role, role_of
 from vllm_gemma4q.errors import InputError
-from vllm_gemma4q.quark_int8.facts import relative_name
+from vllm_gemma4q.module_headers import relative_name
 
 _ROOTS = ("", "model.language_model.", "language_model.model.", "model.", "language_model.")
 _TOWERS = (Role.VISION, Role.EMBED_VISION, Role.AUDIO)

@@ -6,19 +6,22 @@ Fused 3-D experts and their scales are split into one tensor an expert. Leftover
 One tensor at a time; nothing here needs vLLM.
 """
 
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
-from vllm_gemma4q.fp8_static.facts import FUSED_INPUT_SCALES, FUSED_WEIGHT_SCALES, Facts
-from vllm_gemma4q.fp8_static.format import INPUT_SCALE, WEIGHT_SCALE
-from vllm_gemma4q.quark_int8.facts import fused_expert_part, relative_name
+from vllm_gemma4q.fp8_static.facts import FUSED_INPUT_SCALES, Facts
+from vllm_gemma4q.fp8_static.format import INPUT_SCALE
+from vllm_gemma4q.module_headers import (
+    FUSED_WEIGHT_SCALES,
+    WEIGHT_SCALE,
+    fused_expert_part,
+    is_one_expert,
+    relative_name,
+)
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 Stream = Iterator[tuple[str, torch.Tensor]]
-
-_EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
 def mend(weights: Weights, facts: Facts) -> Stream:
@@ -30,10 +33,10 @@ def mend(weights: Weights, facts: Facts) -> Stream:
         if relative in leftovers:
             continue
         if part := fused_expert_part(name):
-            yield from _experts(name, tensor, part, facts.num_experts)
+            yield from _experts(name, tensor, part, facts.fp8)
         elif leaf == WEIGHT_SCALE and module in facts.fp8:
             yield name, spread(tensor, facts.fp8[module])
-        elif leaf == WEIGHT_SCALE and _EXPERT.search(name):
+        elif leaf == WEIGHT_SCALE and is_one_expert(name):
             yield name, tensor.float().reshape(-1) if tensor.numel() > 1 else tensor
         else:
             yield name, tensor
@@ -44,14 +47,18 @@ def spread(scale: torch.Tensor, rows: int) -> torch.Tensor:
     return scale.float().reshape(-1, 1).expand(rows, 1).contiguous()
 
 
-def _experts(name: str, tensor: torch.Tensor, part: str, experts: int) -> Stream:
+def _experts(name: str, tensor: torch.Tensor, part: str, fp8: Mapping[str, int]) -> Stream:
     """Fused experts: weights [E, N, K] in E4M3 or unquantized.
 
     Scales hold one value for all experts, [E], [E, 2] (gate and up apart) or [E, N]; trailing ones are allowed.
+
+    Args:
+        fp8: how many experts a layer has, by its relative name.
     """
     prefix, _, rest = name.partition(f".experts.{part}")
     prefix += ".experts"
     if rest in FUSED_INPUT_SCALES or rest in FUSED_WEIGHT_SCALES:
+        experts = fp8[relative_name(prefix)]
         leaf = INPUT_SCALE if rest in FUSED_INPUT_SCALES else WEIGHT_SCALE
         scales = tensor.reshape(1, 1) if tensor.numel() == 1 else tensor.reshape(experts, -1)
         yield from _split(prefix, part, leaf, scales.expand(experts, -1))

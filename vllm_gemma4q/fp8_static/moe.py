@@ -4,27 +4,24 @@ vLLM's kernels take one weight scale for an expert's gate and up together, and s
 larger of theirs. Here no weight is rounded twice: `up` is linear in what follows, so its scale moves into that of
 `down`, and what is between them is quantized with an input scale that moved the other way (see `fold_up_scale`).
 
-Parameters of ours, loaded and sharded by vLLM's `RoutedExperts` (E local experts, I per tensor-parallel rank):
-    w13_weight [E, 2I, H] E4M3, rows: gate, then up    w13_weight_scale [E, 2] or [E, 2I]   w13_input_scale [E]
-    w2_weight  [E, H, I]  E4M3                         w2_weight_scale  [E] or [E, H]       w2_input_scale  [E]
-Not done: LoRA on experts, EPLB on a CPU, one weight scale a row on GPUs (vLLM has no kernel with static inputs).
+Parameters of ours beside those of `moe_method`, float32: w13_weight_scale [E, 2] or [E, 2I], w2_weight_scale [E] or
+[E, H], w13_input_scale and w2_input_scale [E].
+Not done: one weight scale a row on GPUs (vLLM has no kernel with static inputs).
 """
-
-from typing import Any
 
 import torch
 from gemma4q_kernels import fp8_scaled_mm
-from gemma4q_kernels.grouped_mm import ACTIVATIONS
 from vllm.model_executor.layers.fused_moe import FusedMoeWeightScaleSupported, RoutedExperts
-from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8MoEMethod
 from vllm.model_executor.layers.quantization.utils.fp8_utils import process_fp8_input_tensor_strategy_moe
 from vllm.model_executor.layers.quantization.utils.w8a8_utils import normalize_e4m3fn_to_e4m3fnuz
-from vllm.model_executor.utils import is_weights_pre_processed, replace_parameter, set_weight_attrs
+from vllm.model_executor.utils import is_weights_pre_processed, replace_parameter
 from vllm.platforms import current_platform
 
 from vllm_gemma4q.fp8_static.linear import check_scales, engine_has_kernels
+from vllm_gemma4q.moe_method import OwnMoEMethod
 
 _SCALES = ("w13_weight_scale", "w2_weight_scale", "w13_input_scale", "w2_input_scale")
 
@@ -92,48 +89,23 @@ class FoldedFp8MoEMethod(Fp8MoEMethod):
         self._setup_kernel(layer, w13, w2, w13_scale[:, 0].contiguous(), w2_scale, w13_input, w2_input)
 
 
-def _refusal(moe: FusedMoEConfig) -> str | None:
-    """Why our experts cannot serve a configuration, None where they can."""
-    if moe.activation.value not in ACTIVATIONS:
-        return f"activation is {moe.activation.value}, expected one of {', '.join(ACTIVATIONS)}"
-    if moe.has_bias:
-        return "experts have biases, expected none"
-    if moe.is_lora_enabled:
-        return "LoRA is enabled, expected off for FP8 experts without FP8 kernels"
-    return None
-
-
-class DecodedFp8MoEMethod(FusedMoEMethodBase):
+class DecodedFp8MoEMethod(OwnMoEMethod):
     """W8A8 FP8 experts without FP8 instructions, two multiplications for each active expert."""
 
     def __init__(self, moe: FusedMoEConfig, by_channel: bool) -> None:
-        super().__init__(moe)
-        if reason := _refusal(moe):
-            raise NotImplementedError(f"FP8 experts: {reason}")
+        super().__init__(moe, "FP8 experts without FP8 kernels", fp8_scaled_mm.E4M3)
         self.by_channel = by_channel
 
-    def create_weights(
-        self,
-        layer: RoutedExperts,
-        num_experts: int,
-        hidden_size: int,
-        intermediate_size_per_partition: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
-        rows = {"w13": 2 * intermediate_size_per_partition, "w2": hidden_size}
-        columns = {"w13": hidden_size, "w2": intermediate_size_per_partition}
-        whole = {"w13": (num_experts, 2), "w2": (num_experts,)}
-        kind = FusedMoeWeightScaleSupported.CHANNEL if self.by_channel else FusedMoeWeightScaleSupported.TENSOR
-        scale_attrs = {**extra_weight_attrs, "quant_method": kind.value}
-        for name in ("w13", "w2"):
-            weight = torch.empty(num_experts, rows[name], columns[name], dtype=fp8_scaled_mm.E4M3)
-            scales = (num_experts, rows[name]) if self.by_channel else whole[name]
-            _register(layer, f"{name}_weight", weight, extra_weight_attrs)
-            # NaN until loaded: a scale that nobody wrote must not pass for one.
-            _register(layer, f"{name}_weight_scale", torch.full(scales, torch.nan, dtype=torch.float32), scale_attrs)
-            inputs = torch.full((num_experts,), torch.nan, dtype=torch.float32)
-            _register(layer, f"{name}_input_scale", inputs, scale_attrs)
+    def scales(self, name: str, num_experts: int, rows: int) -> dict[str, tuple[int, ...]]:
+        whole = (num_experts, 2) if name == "w13" else (num_experts,)
+        return {
+            f"{name}_weight_scale": (num_experts, rows) if self.by_channel else whole,
+            f"{name}_input_scale": (num_experts,),
+        }
+
+    @property
+    def granularity(self) -> FusedMoeWeightScaleSupported:
+        return FusedMoeWeightScaleSupported.CHANNEL if self.by_channel else FusedMoeWeightScaleSupported.TENSOR
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         for name in _SCALES:
@@ -145,9 +117,6 @@ class DecodedFp8MoEMethod(FusedMoEMethodBase):
             replace_parameter(layer, f"{name}_weight_scale", scale.repeat_interleave(rows // scale.shape[1], dim=1))
             # One for all experts, as vLLM's kernels have it.
             replace_parameter(layer, f"{name}_input_scale", getattr(layer, f"{name}_input_scale").data.max())
-
-    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig | None:
-        return None
 
     def apply(
         self,
@@ -210,9 +179,3 @@ def _fp8_static_experts_shape(
     expert_map: torch.Tensor | None,
 ) -> torch.Tensor:
     return torch.empty_like(x)
-
-
-def _register(layer: torch.nn.Module, name: str, data: torch.Tensor, attributes: dict[str, Any]) -> None:
-    parameter = torch.nn.Parameter(data, requires_grad=False)
-    layer.register_parameter(name, parameter)
-    set_weight_attrs(parameter, attributes)

@@ -50,7 +50,7 @@ def own_experts_in_each_layer(vllm_config: VllmConfig) -> Iterator[None]:
 
 
 def _check_engine(vllm_config: VllmConfig, architecture: TextArchitecture) -> None:
-    counts = {layer.num_experts for layer in architecture.layers}
+    counts = {layer.num_experts for layer in architecture.layers if layer.num_experts is not None}
     if len(counts) > 1 and vllm_config.parallel_config.enable_eplb:
         raise InputError(
             f"--enable-eplb: got layers of {min(counts)} to {max(counts)} experts, expected the same number in all: "

@@ -15,7 +15,8 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.platforms import current_platform
 
 from vllm_gemma4q.architecture import parse_text_architecture
-from vllm_gemma4q.quark_int8.facts import Facts, disagreements, read_facts, relative_name
+from vllm_gemma4q.module_headers import relative_name
+from vllm_gemma4q.quark_int8.facts import Facts, disagreements, read_facts
 from vllm_gemma4q.quark_int8.headers import find_headers
 from vllm_gemma4q.quark_int8.mend import mend
 from vllm_gemma4q.quark_int8.scheme import METHOD_NAME, claims

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vllm_gemma4q.checkpoint import open_checkpoint
 from vllm_gemma4q.errors import InputError
-from vllm_gemma4q.quark_int8.facts import Header
+from vllm_gemma4q.module_headers import Header
 
 
 def find_headers(model: str, revision: str | None) -> Mapping[str, Header]:

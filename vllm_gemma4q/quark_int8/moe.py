@@ -3,24 +3,22 @@
 vLLM 0.32's only INT8 experts for CPUs know SiLU; Gemma 4 is gated by GELU (tanh). A backend that the user asked
 for (`--moe-backend`) is always vLLM's to grant or refuse.
 
-Parameters of ours, loaded and sharded by vLLM's `RoutedExperts` (E local experts, I per tensor-parallel rank):
-    w13_weight [E, 2I, H] int8, rows: gate, then up     w13_weight_scale [E, 2I] float32
-    w2_weight  [E, H, I]  int8                          w2_weight_scale  [E, H]  float32
-Expert parallelism is honoured through `expert_map`. Not done: LoRA on experts, EPLB.
+Parameters of ours beside those of `moe_method`: w13_weight_scale [E, 2I], w2_weight_scale [E, H], float32.
 """
 
-from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from gemma4q_kernels.grouped_mm import ACTIVATIONS, Experts
+from gemma4q_kernels.grouped_mm import Experts
 from vllm.model_executor.layers.fused_moe import FusedMoeWeightScaleSupported, RoutedExperts
-from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.quantization.quark.quark_moe import QuarkW8A8Int8MoEMethod
 from vllm.model_executor.layers.quantization.utils.quant_utils import kInt8DynamicTokenSym, kInt8StaticChannelSym
-from vllm.model_executor.utils import replace_parameter, set_weight_attrs
+from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
+
+from vllm_gemma4q.moe_method import OwnMoEMethod
 
 
 def int8_experts_method(layer: RoutedExperts) -> FusedMoEMethodBase:
@@ -35,45 +33,20 @@ def int8_experts_method(layer: RoutedExperts) -> FusedMoEMethodBase:
     return QuarkW8A8Int8MoEMethod(moe, kInt8StaticChannelSym, kInt8DynamicTokenSym)
 
 
-def _refusal(moe: FusedMoEConfig) -> str | None:
-    """Why our CPU experts cannot serve a configuration, None where they can."""
-    if moe.activation.value not in ACTIVATIONS:
-        return f"activation is {moe.activation.value}, expected one of {', '.join(ACTIVATIONS)}"
-    if moe.has_bias:
-        return "experts have biases, expected none"
-    if moe.is_lora_enabled:
-        return "LoRA is enabled, expected off for int8 experts on a CPU"
-    return None
-
-
-class CpuInt8MoEMethod(FusedMoEMethodBase):
+class CpuInt8MoEMethod(OwnMoEMethod):
     """W8A8 experts on a CPU, one pair of integer multiplications for each active expert."""
 
     def __init__(self, moe: FusedMoEConfig) -> None:
-        super().__init__(moe)
-        if reason := _refusal(moe):
-            raise NotImplementedError(f"int8 experts on a CPU: {reason}")
+        super().__init__(moe, "int8 experts on a CPU", torch.int8)
         self.experts: Experts | None = None
         self.expert_map: torch.Tensor | None = None
 
-    def create_weights(
-        self,
-        layer: RoutedExperts,
-        num_experts: int,
-        hidden_size: int,
-        intermediate_size_per_partition: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
-        rows = {"w13": 2 * intermediate_size_per_partition, "w2": hidden_size}
-        columns = {"w13": hidden_size, "w2": intermediate_size_per_partition}
-        scale_attrs = {**extra_weight_attrs, "quant_method": FusedMoeWeightScaleSupported.CHANNEL.value}
-        for name in ("w13", "w2"):
-            weight = torch.empty(num_experts, rows[name], columns[name], dtype=torch.int8)
-            # NaN until loaded: a scale that nobody wrote must not pass for one.
-            scale = torch.full((num_experts, rows[name]), torch.nan, dtype=torch.float32)
-            _register(layer, f"{name}_weight", weight, extra_weight_attrs)
-            _register(layer, f"{name}_weight_scale", scale, scale_attrs)
+    def scales(self, name: str, num_experts: int, rows: int) -> dict[str, tuple[int, ...]]:
+        return {f"{name}_weight_scale": (num_experts, rows)}
+
+    @property
+    def granularity(self) -> FusedMoeWeightScaleSupported:
+        return FusedMoeWeightScaleSupported.CHANNEL
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         tensors = (layer.w13_weight, layer.w13_weight_scale, layer.w2_weight, layer.w2_weight_scale)
@@ -83,9 +56,6 @@ class CpuInt8MoEMethod(FusedMoEMethodBase):
             replace_parameter(layer, name, torch.empty(0, dtype=torch.int8))
         self.expert_map = layer.expert_map
         _LOADED[layer.layer_name] = self
-
-    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig | None:
-        return None
 
     def apply(
         self,
@@ -129,9 +99,3 @@ def _int8_experts_shape(
     x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, activation: str, layer_name: str
 ) -> torch.Tensor:
     return torch.empty_like(x)
-
-
-def _register(layer: torch.nn.Module, name: str, data: torch.Tensor, attributes: dict[str, Any]) -> None:
-    parameter = torch.nn.Parameter(data, requires_grad=False)
-    layer.register_parameter(name, parameter)
-    set_weight_attrs(parameter, attributes)
