@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from gemma4q_kernels.ggml.quantize import Quantizers, find_library
-from small_models import ROOT, convert, converter
+from small_models import ROOT, checkpoint, convert, converter
 
 from gguf_mixed.errors import InputError
 from gguf_mixed.llama_cpp import find_tool
@@ -52,7 +52,7 @@ def small_gguf(llama_quantize: Path, tmp_path_factory: pytest.TempPathFactory) -
 
     def convert_once(kind: str, dtype: str = "f32") -> Path:
         path = folder / f"{kind}-{dtype}.gguf"
-        return path if path.exists() else convert(kind, path, dtype)
+        return path if path.exists() else convert(checkpoint(kind), path, dtype)
 
     return convert_once
 

@@ -17,9 +17,14 @@ def converter() -> Path:
     return cache_folder() / "source" / "convert_hf_to_gguf.py"
 
 
-def convert(kind: str, output: Path, dtype: str = "f32") -> Path:
-    """The `dense` or `moe` checkpoint, as convert_hf_to_gguf.py writes it: about 6 s."""
-    command = [sys.executable, converter(), ROOT / "examples" / "small_gemma4" / kind, "--outtype", dtype]
+def checkpoint(kind: str) -> Path:
+    """The folder of the `dense` or `moe` checkpoint."""
+    return ROOT / "examples" / "small_gemma4" / kind
+
+
+def convert(source: Path, output: Path, dtype: str = "f32") -> Path:
+    """A checkpoint, as convert_hf_to_gguf.py writes it: about 6 s."""
+    command = [sys.executable, converter(), source, "--outtype", dtype]
     finished = subprocess.run([*command, "--outfile", output], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     return output
