@@ -9,30 +9,20 @@ one left. Not done: tiers in parallel.
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from gemma4q_kernels.ggml import type_name
-from gemma4q_kernels.ggml.quantize import Quantizers
 from tqdm import tqdm
 
 from gguf_mixed.base_file import Comparison, ensure_base, remove_base
-from gguf_mixed.engine import Found
+from gguf_mixed.engine import Found, prepare
 from gguf_mixed.errors import InputError
-from gguf_mixed.ggml_writer import check_writable, write_model
 from gguf_mixed.llama_cpp import Log
 from gguf_mixed.perplexity import divergence
-from gguf_mixed.quantize import (
-    Job,
-    build_command,
-    check_output,
-    check_source,
-    partial_path,
-    run_and_verify,
-    write_and_verify,
-)
+from gguf_mixed.quantize import partial_path
 from gguf_mixed.sidecar import write_plan
 from gguf_mixed.sweep_results import Entry, Results
 from gguf_mixed.sweep_tiers import Planned, Planner, Tier
@@ -155,7 +145,8 @@ def _measure(
     table = _table_path(folder, planned.tier)
     write_plan(table, planned.job.table, planned.sidecar)
     started = time.perf_counter()
-    differences = _writer(planned.job, table, output, evaluation)()
+    writing = prepare(evaluation.engine, planned.job, table, output, threads=evaluation.threads)
+    differences = writing.run(lambda line: None, overwrite=True)
     if differences:
         more = f" and {len(differences) - 1} more differences" if len(differences) > 1 else ""
         raise InputError(f"{partial_path(output)}: not as planned: {differences[0]}{more}")
@@ -167,19 +158,6 @@ def _measure(
             output.unlink()
     seconds = {"quantize": round(written - started, 2), "measure": round(time.perf_counter() - written, 2)}
     return asdict(found), seconds
-
-
-def _writer(job: Job, table: Path, output: Path, evaluation: Evaluation) -> Callable[[], list[str]]:
-    """What writes and verifies the file and returns the differences, once everything is checked that can be."""
-    engine, threads = evaluation.engine.used, evaluation.threads
-    if isinstance(engine, Quantizers):
-        check_source(job, allow_requantize=False)
-        check_writable(job, engine)
-        check_output(job, output, overwrite=True)
-        return lambda: write_and_verify(job, output, lambda path: write_model(job, engine, path, threads))
-    command = build_command(engine, job, table, partial_path(output), threads=threads)
-    check_output(job, output, overwrite=True)
-    return lambda: run_and_verify(job, command, output, lambda line: None)
 
 
 def _table_path(folder: Path, tier: Tier) -> Path:

@@ -1,7 +1,5 @@
 """`gguf-mixed quantize MODEL.gguf OUT.gguf --overrides overrides.txt`"""
 
-import os
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,19 +7,10 @@ from typing import Annotated
 import typer
 from gemma4q_kernels.ggml.quantize import Quantizers
 
-from gguf_mixed.engine import Engine, find_engine
-from gguf_mixed.ggml_writer import check_writable, write_model
+from gguf_mixed.engine import Engine, find_engine, prepare
 from gguf_mixed.imatrix_gguf import read_imatrix
 from gguf_mixed.overrides import read_overrides
-from gguf_mixed.quantize import (
-    Job,
-    build_command,
-    check_output,
-    check_source,
-    partial_path,
-    run_and_verify,
-    write_and_verify,
-)
+from gguf_mixed.quantize import Job, partial_path
 from gguf_mixed.sidecar import check_model, read_sidecar
 from gguf_mixed.tensors import read_inventory
 
@@ -48,17 +37,13 @@ def command(
         check_model(content, inventory)
     job = Job(inventory, table, None if imatrix is None else read_imatrix(imatrix), imatrix)
     found = find_engine(engine, llama_cpp)
-    if isinstance(found.used, Quantizers):
-        if found.because:
-            print(f"{found.because}; using {found.used.library}", file=sys.stderr)
-        differences = _with_library(job, found.used, output, threads, allow_requantize, overwrite, dry_run)
-    else:
-        command = build_command(
-            found.used, job, overrides, partial_path(output), threads=threads, allow_requantize=allow_requantize
-        )
-        differences = _with_command(job, command, output, overwrite, dry_run)
+    if isinstance(found.used, Quantizers) and found.because:
+        print(f"{found.because}; using {found.used.library}", file=sys.stderr)
+    writing = prepare(found, job, overrides, output, threads=threads, allow_requantize=allow_requantize)
     if dry_run:
+        print(writing.description)
         return
+    differences = writing.run(_say, overwrite=overwrite, progress=sys.stderr.isatty())
     if differences:
         print("\n".join(differences))
         print(f"{partial_path(output)}: not as planned, {len(differences)} differences", file=sys.stderr)
@@ -66,34 +51,5 @@ def command(
     print(f"{output}: {job.file_bytes:,} bytes, {job.bpw:.3f} bpw; all {len(job.written)} tensors as planned")
 
 
-def _with_command(job: Job, command: list[str], output: Path, overwrite: bool, dry_run: bool) -> list[str]:
-    if dry_run:
-        print(shlex.join(command))
-        return []
-    check_output(job, output, overwrite)
-    print(shlex.join(command), file=sys.stderr)
-    return run_and_verify(job, command, output, lambda line: print(line, file=sys.stderr))
-
-
-def _with_library(
-    job: Job,
-    quantizers: Quantizers,
-    output: Path,
-    threads: int | None,
-    allow_requantize: bool,
-    overwrite: bool,
-    dry_run: bool,
-) -> list[str]:
-    check_source(job, allow_requantize)
-    check_writable(job, quantizers)
-    threads = threads or os.cpu_count() or 1
-    if dry_run:
-        copied = sum(job.written[name] is tensor.qtype for name, tensor in job.inventory.tensors.items())
-        print(f"{output}: {job.file_bytes:,} bytes, {job.bpw:.3f} bpw")
-        print(f"{len(job.written) - copied} tensors quantized and {copied} copied by {threads} threads")
-        print(f"with {quantizers.library}")
-        return []
-    check_output(job, output, overwrite)
-    return write_and_verify(
-        job, output, lambda path: write_model(job, quantizers, path, threads, progress=sys.stderr.isatty())
-    )
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
