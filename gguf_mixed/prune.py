@@ -155,10 +155,13 @@ class Prune:
         """Everything before the data, padding included.
 
         Raises:
-            OSError: the model cannot be read.
+            InputError: the model cannot be read any more.
         """
         first = self.inventory.headers[0]
-        keys = copied_keys(first, exactly=True)
+        try:
+            keys = copied_keys(first, exactly=True)
+        except OSError as error:
+            raise InputError(f"{first.path.name}: cannot be read: {error.strerror or error}") from error
         changed = {COUNT: self.num_experts, TOP_K: self.top_k_after}
         keys |= {key: key_bytes(key, value) for key, value in changed.items()}
         if len(self.inventory.headers) > 1:

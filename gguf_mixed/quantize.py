@@ -4,7 +4,7 @@ Builds differ, so the one that is found is asked what it knows: `--tensor-type-f
 tensor. The base type is one that no tensor has, since builds before #22572 dropped an override equal to it; the file's
 label is then set by `--override-kv general.file_type=int:N`, N being the type that most weights have. Where there is no
 llama-quantize, `ggml_writer` writes the same file, and it is checked alike.
-Not done: sharded output (`--keep-split`), pruning.
+Not done: sharded output (`--keep-split`), removing layers (`--prune-layers`).
 """
 
 import re

@@ -260,3 +260,13 @@ def test_a_model_that_shrinks_while_it_is_read(tmp_path):
     with pytest.raises(InputError, match="model.gguf: truncated while it was read: tensor token_embd.weight"):
         write_and_verify(prune, tmp_path / "out.gguf", lambda path: write_pruned(prune, path))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["drop.json", "model.gguf"]
+
+
+def test_a_model_that_is_gone_before_it_is_copied(tmp_path):
+    source = model(tmp_path)
+    mixture = Mixture.read(source)
+    prune = Prune(mixture, mixture.retained(drop_map(tmp_path)))
+    source.unlink()
+    with pytest.raises(InputError, match="model.gguf: cannot be read: No such file or directory"):
+        write_and_verify(prune, tmp_path / "out.gguf", lambda path: write_pruned(prune, path))
+    assert [path.name for path in tmp_path.iterdir()] == ["drop.json"]
