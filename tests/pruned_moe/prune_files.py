@@ -12,7 +12,7 @@ from vllm_gemma4q.checkpoint.convert import convert
 from vllm_gemma4q.pruned_moe import prune
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "small_gemma4" / "moe"
-NUM_EXPERTS, N_LAYERS, TOP_K = 16, 3, 4  # of the example
+NUM_EXPERTS, N_LAYERS = 16, 3  # of the example
 LAYERS = "model.language_model.layers."
 
 

@@ -44,8 +44,9 @@ class Step:
 
     `transform(rows, out)` turns a block `[r, row_length]` in the source's dtype into one tensor per output, of
     the output's dtype and of its shape but for r leading rows; it fills those it is given. A ValueError it raises
-    is reported with the source tensor's name. `constants` are written behind the outputs. `slices` are ranges of
-    the first axis (start, stop), ascending, whose bytes become one output; no transform takes them.
+    is reported with the source tensor's name. `constants` are written behind the outputs; without rows and outputs
+    they are all there is. `slices` are ranges of the first axis (start, stop), ascending, whose bytes become one
+    output; no transform takes them.
     """
 
     source: TensorInfo

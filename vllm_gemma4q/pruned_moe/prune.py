@@ -12,7 +12,7 @@ Beside the weights lies `expert_drop_metadata.json`, with ids as the source numb
 
 from collections.abc import Iterator
 from dataclasses import asdict
-from itertools import pairwise
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -144,10 +144,8 @@ def _replaced(tensor: TensorInfo, values: torch.Tensor) -> Step:
 
 def _ranges(kept: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
     """Ascending ids as (first, last + 1) of each run of neighbours: [0, 1, 2, 5] -> (0, 3), (5, 6)."""
-    breaks = [after for before, after in pairwise(kept) if after != before + 1]
-    starts = [kept[0], *breaks]
-    stops = [before + 1 for before, after in pairwise(kept) if after != before + 1]
-    return tuple(zip(starts, [*stops, kept[-1] + 1], strict=True))
+    runs = [[expert for _, expert in run] for _, run in groupby(enumerate(kept), lambda pair: pair[1] - pair[0])]
+    return tuple((run[0], run[-1] + 1) for run in runs)
 
 
 def _is_shared_norm(tensor: TensorInfo) -> bool:
