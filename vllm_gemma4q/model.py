@@ -1,8 +1,8 @@
-"""vLLM's Gemma 4 with two additions: a quantization config may mend tensors while they stream in, and layers may have
-different numbers of experts.
+"""vLLM's Gemma 4 with three additions: a quantization config may mend tensors while they stream in, layers may have
+different numbers of experts, and CPUs serve unquantized experts in parallel.
 
 One class for all, since vLLM knows one class an architecture: the active config says what is to be mended, by its
-`weight_mender`; the model's configuration says how many experts. For all other checkpoints this is the upstream class.
+`weight_mender`; the model's configuration says how many experts. In all other cases this is the upstream class.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +12,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models import gemma4
 
+from vllm_gemma4q.cpu_expert_parallel import give_places_to_kernels
 from vllm_gemma4q.pruned_moe.model import own_experts_in_each_layer
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -33,6 +34,7 @@ class Gemma4ForCausalLM(gemma4.Gemma4ForCausalLM):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         with own_experts_in_each_layer(vllm_config):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
+        give_places_to_kernels(self.moe_layers)
         # Kept, because it may hold halves: the multimodal wrapper calls `load_weights` once per run of names.
         self._mend = self.quant_config.weight_mender() if isinstance(self.quant_config, MendingConfig) else None
 
