@@ -91,6 +91,7 @@ def test_experts_with_a_scale_a_row() -> None:
 
 
 Q, UP = f"{ROOT}0.self_attn.q_proj", f"{ROOT}0.mlp.up_proj"
+ORPHAN = "weight_scale: got a scale, expected none: there is no such weight"
 REFUSED: dict[str, tuple[Change, str]] = {
     "no weight scale": (
         _drop(r"0\.self_attn\.q_proj\.weight_scale"),
@@ -143,14 +144,11 @@ REFUSED_EXPERTS: dict[str, tuple[Change, str]] = {
         _set(f"{EXPERTS}3.up_proj.weight_scale", "F32", 32),
         f"tensor {EXPERTS}3.up_proj.weight: got a scale a row, expected one for all rows",
     ),
-    "scale of experts that are not fused": (
-        _set(f"{EXPERTS}gate_up_proj_scale", "F32", 4),
-        f"tensor {EXPERTS}gate_up_proj_scale: got a scale, expected none: there is no such weight",
+    "scale of fused experts": (
+        _set(f"{EXPERTS}gate_up_proj.weight_scale", "F32", 4),
+        f"{EXPERTS}gate_up_proj.{ORPHAN}",
     ),
-    "scale of an expert that was dropped": (
-        _set(f"{EXPERTS}4.up_proj.weight_scale", "F32"),
-        f"tensor {EXPERTS}4.up_proj.weight_scale: got a scale, expected none: there is no such weight",
-    ),
+    "scale of a dropped expert": (_set(f"{EXPERTS}4.up_proj.weight_scale", "F32"), f"{EXPERTS}4.up_proj.{ORPHAN}"),
     "fused beside indexed": (
         _set(f"{EXPERTS}gate_up_proj", "BF16", 4, 64, 64),
         f"tensor {EXPERTS}gate_up_proj: got fused experts, expected none beside",
@@ -166,10 +164,7 @@ REFUSED_FUSED: dict[str, tuple[Change, str]] = {
         f"tensor {EXPERTS}down_proj.input_scale: got nothing (missing)",
     ),
     "scale of another shape": (_set(f"{EXPERTS}down_proj_scale", "F32", 4, 2), "got F32 [4, 2], expected"),
-    "scale of one expert": (
-        _set(f"{EXPERTS}0.up_proj.input_scale", "F32"),
-        f"tensor {EXPERTS}0.up_proj.input_scale: got a scale, expected none: there is no such weight",
-    ),
+    "scale of one expert": (_set(f"{EXPERTS}0.up_proj.weight_scale", "F32"), f"{EXPERTS}0.up_proj.{ORPHAN}"),
 }
 
 
