@@ -29,11 +29,9 @@ def plot(results: Mapping[str, Any], title: str, path: Path) -> bool:
     shown = [entry for entry in results["tiers"] if entry["predicted"] or entry["measured"]]
     if not shown:
         return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=_INCHES, dpi=_DOTS, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     _draw_optimal(axes, [entry for entry in shown if entry["recipe"] == OPTIMAL])
     _draw_others(axes, [entry for entry in shown if entry["recipe"] != OPTIMAL])
@@ -44,10 +42,26 @@ def plot(results: Mapping[str, Any], title: str, path: Path) -> bool:
     axes.set_title(title)
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, format="png")
-    partial.replace(path)
+    save(figure, path)
     return True
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as a PNG, which appears only when it is whole; no display is needed.
+
+    Raises:
+        InputError: `path` cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        figure.savefig(partial, format="png")
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def _draw_optimal(axes: Any, entries: Sequence[Mapping[str, Any]]) -> None:

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from vllm_gemma4q.commands import calibrate, quantize, restore
+from vllm_gemma4q.commands import calibrate, prune, quantize, restore
 from vllm_gemma4q.errors import InputError
 
 EXIT_BAD_INPUT = 2
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command("calibrate")(calibrate.command)
 app.command("quantize")(quantize.command)
+app.command("prune")(prune.command)
 app.command("restore")(restore.command)
 
 

@@ -1,6 +1,5 @@
 """One calibration from start to statistics file: what decides its bytes, its passes, and putting its parts together."""
 
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata as packages
@@ -8,24 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from gguf_mixed.fisher import Fisher, read_fisher
 from gguf_mixed.fisher import metadata as fisher_metadata
 from vllm_gemma4q.calibration.decoder import Decoder
 from vllm_gemma4q.calibration.fisher import FORWARDS_WORTH, Backward, chosen
 from vllm_gemma4q.calibration.forward import HEAD, Forward, Progress, layer_part
-from vllm_gemma4q.calibration.identity import model_identity
+from vllm_gemma4q.calibration.identity import DEPENDENCIES, decoder_identity, model_identity
 from vllm_gemma4q.calibration.recorder import linears
 from vllm_gemma4q.calibration.statistics import LM_HEAD, Statistics, metadata, read_statistics
 from vllm_gemma4q.calibration.texts import Samples
 from vllm_gemma4q.calibration.work import Work, join_parts
 from vllm_gemma4q.checkpoint.convert import VERSION
-from vllm_gemma4q.checkpoint.reader import CONFIG
 from vllm_gemma4q.errors import InputError
 
 _SAMPLES = "samples"
-_DEPENDENCIES = ("torch", "transformers")
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,7 @@ class Calibration:
             "dtype": str(self.decoder.dtype).removeprefix("torch."),
             "device": self.decoder.device.type,
             "model": model_identity(self.decoder.checkpoint),
-            "versions": {"vllm-gemma4q": VERSION, **{name: packages.version(name) for name in _DEPENDENCIES}},
+            "versions": {"vllm-gemma4q": VERSION, **{name: packages.version(name) for name in DEPENDENCIES}},
         }
 
     def fisher_details(self) -> dict[str, Any]:
@@ -89,15 +85,11 @@ class Calibration:
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one it resumes."""
-        checkpoint = self.decoder.checkpoint
-        files = [*checkpoint.shards, checkpoint.folder / CONFIG]
         return {
             **self.details(),
             "differentiated": self.differentiated,
             "seed": self.seed,
-            "python": platform.python_version(),
-            "threads": torch.get_num_threads(),
-            "source": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files},
+            **decoder_identity(self.decoder),
         }
 
 

@@ -74,6 +74,12 @@ class Experts(torch.nn.Module):
             self.watch(Routed(counts, entered, inner, norms))
         return (outputs * gates[..., None]).sum(dim=1).to(hidden.dtype)
 
+    def inner(self, entered: torch.Tensor, expert: int) -> torch.Tensor:
+        """What one expert's `down_proj` gets: [T, hidden] to [T, intermediate]."""
+        gate, up = functional.linear(entered, self.gate_up_proj[expert]).chunk(2, dim=-1)
+        result: torch.Tensor = self.act_fn(gate) * up
+        return result
+
 
 def _grouped(rows: torch.Tensor, matrices: Sequence[torch.Tensor], counts: Sequence[int]) -> torch.Tensor:
     parts = zip(torch.split(rows, list(counts)), matrices, strict=True)

@@ -13,14 +13,17 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import torch
 from safetensors.numpy import load_file
 
 from vllm_gemma4q.calibration.statistics import Array
+from vllm_gemma4q.calibration.weights import TORCH_DTYPES
 from vllm_gemma4q.checkpoint.header import DTYPE_BYTES, TensorInfo, read_header, write_header
 from vllm_gemma4q.checkpoint.run import Run, WriteError
 from vllm_gemma4q.errors import InputError
 
 _BLOCK_BYTES = 1 << 24
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _DTYPES = {"float32": "F32", "float64": "F64", "int32": "I32", "int64": "I64"}
 
 
@@ -76,6 +79,15 @@ class Work:
             file.write(write_header((key, _DTYPES[array.dtype.name], array.shape) for key, array in ordered))
             for _, array in ordered:
                 file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        self._run.record(file_name)
+
+    def write_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """The same for tensors that stay in their dtype, which numpy may not have."""
+        file_name = self.part(name).name
+        with self._run.writing(file_name) as file:
+            file.write(write_header((key, _NAMES[value.dtype], tuple(value.shape)) for key, value in tensors.items()))
+            for value in tensors.values():
+                file.write(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         self._run.record(file_name)
 
     def read_part(self, name: str) -> dict[str, Array]:

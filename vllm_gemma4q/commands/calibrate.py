@@ -2,7 +2,6 @@
 
 import json
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,23 +9,8 @@ import typer
 from tqdm import tqdm
 
 from vllm_gemma4q.checkpoint import open_checkpoint
-from vllm_gemma4q.errors import InputError
+from vllm_gemma4q.commands.model import Device, Dtype, load_decoder
 from vllm_gemma4q.sizes import parse_size
-
-
-class Dtype(StrEnum):
-    """What to compute in."""
-
-    AUTO = "auto"
-    BFLOAT16 = "bfloat16"
-    FLOAT32 = "float32"
-
-
-class Device(StrEnum):
-    """Where to compute."""
-
-    CPU = "cpu"
-    CUDA = "cuda"
 
 
 def command(
@@ -56,19 +40,11 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Run a model over text, one layer in memory at a time, and keep statistics. Run it again to resume."""
-    import torch
-
-    if device is Device.CUDA and not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no GPU")
-    try:
-        from vllm_gemma4q.calibration.calibrate import Calibration, calibrate
-        from vllm_gemma4q.calibration.decoder import Decoder
-        from vllm_gemma4q.calibration.texts import load_samples
-    except ImportError as error:
-        raise InputError(f"{error.name}: not installed: pip install 'vllm-gemma4q[calibrate]'") from error
     limit = parse_size(activations_limit)
-    chosen = None if dtype is Dtype.AUTO else getattr(torch, dtype.value)
-    decoder = Decoder(open_checkpoint(source), chosen, device.value)
+    decoder = load_decoder(open_checkpoint(source), device, dtype)
+    from vllm_gemma4q.calibration.calibrate import Calibration, calibrate
+    from vllm_gemma4q.calibration.texts import load_samples
+
     cut = load_samples(source, text, samples, max_length, raw)
     passes = fisher_samples if fisher is not None else 0
     calibration = Calibration(decoder, cut, max_length, limit, hessians, passes, seed)

@@ -10,7 +10,7 @@ Beside the weights lies `expert_drop_metadata.json`, with ids as the source numb
     {"num_experts": 128, "per_layer_keep": {"0": [0, 1, 3, ..], ..}, "per_layer_drop": {"0": [2, ..], ..}, ..}
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import groupby
 from typing import Any
@@ -44,6 +44,8 @@ def plan(
     retained: RetainedExperts,
     options: Options | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    refitted: Checkpoint | None = None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> Conversion:
     """What pruning a checkpoint will read and write; nothing is written yet.
 
@@ -51,6 +53,8 @@ def plan(
 
     Args:
         retained: of this model's experts, those that stay; none has to go.
+        refitted: `..experts.down_proj` of every layer, all experts, to write in place of the source's (see `refit`).
+        provenance: for the manifest, how the choice was made.
 
     Raises:
         InputError: not a Gemma 4 MoE, of another number of layers or experts, pruned to differing numbers before,
@@ -62,10 +66,14 @@ def plan(
     check_experts(source.tensors.values(), retained.num_experts, len(architecture.layers))
     if "quantization_config" not in source.config:
         check_unquantized(architecture, source.tensors)
-    steps = list(_steps(source, retained, options))
+    steps = list(_steps(source, retained, options, {} if refitted is None else refitted.tensors))
     _check_found(steps, architecture, options)
     config = pruned_config(source.config, retained, options.top_k)
-    details = {"options": asdict(options), "experts": {"before": retained.num_experts, "after": list(retained.counts)}}
+    details = {
+        **(provenance or {}),
+        "options": asdict(options),
+        "experts": {"before": retained.num_experts, "after": list(retained.counts)},
+    }
     return Conversion(
         SCHEME,
         source,
@@ -75,6 +83,7 @@ def plan(
         max_shard_bytes,
         details,
         files={METADATA: to_json(_metadata(retained, options))},
+        base=refitted,
     )
 
 
@@ -105,24 +114,38 @@ def _check_layer(layer: int, kept: tuple[int, ...], num_experts: int, top_k: int
         raise InputError(f"layer {layer}: {len(kept)} of {num_experts} experts left, expected at least {top_k} (top_k)")
 
 
-def _steps(source: Checkpoint, retained: RetainedExperts, options: Options) -> Iterator[Step]:
+def _steps(
+    source: Checkpoint, retained: RetainedExperts, options: Options, refitted: Mapping[str, TensorInfo]
+) -> Iterator[Step]:
     for tensor in source.tensors.values():
         place = place_of(tensor.name)
         if place is not None:
-            yield from _step_of_experts(tensor, place, retained, options)
+            yield from _step_of_experts(tensor, place, retained, options, refitted)
         elif _is_shared_norm(tensor) and options.shared_boost != 1:
             yield _replaced(tensor, boosted(read_rows(tensor), options.shared_boost))
         else:
             yield Step(tensor, (OutputTensor(tensor.name, tensor.dtype, tensor.shape),))
 
 
-def _step_of_experts(tensor: TensorInfo, place: Place, retained: RetainedExperts, options: Options) -> Iterator[Step]:
+def _step_of_experts(
+    tensor: TensorInfo,
+    place: Place,
+    retained: RetainedExperts,
+    options: Options,
+    refitted: Mapping[str, TensorInfo],
+) -> Iterator[Step]:
     kept = retained.kept[place.layer]
     if place.expert is not None:
         if place.expert in kept:
             prefix = tensor.name.removesuffix(f"{place.expert}.{place.name}")
-            name = f"{prefix}{kept.index(place.expert)}.{place.name}"
-            yield Step(tensor, (OutputTensor(name, tensor.dtype, tensor.shape),))
+            output = OutputTensor(f"{prefix}{kept.index(place.expert)}.{place.name}", tensor.dtype, tensor.shape)
+            fitted = refitted.get(f"{prefix}down_proj") if place.name == "down_proj.weight" else None
+            first = place.expert * tensor.rows
+            yield (
+                Step(tensor, (output,))
+                if fitted is None
+                else Step(fitted, (output,), first_row=first, last_row=first + tensor.rows)
+            )
         return
     if is_shared(tensor):
         yield Step(tensor, (OutputTensor(tensor.name, tensor.dtype, tensor.shape),))
@@ -130,7 +153,7 @@ def _step_of_experts(tensor: TensorInfo, place: Place, retained: RetainedExperts
         yield _replaced(tensor, transferred(read_rows(tensor), kept, options.soft_transfer))
     else:
         output = OutputTensor(tensor.name, tensor.dtype, (len(kept), *tensor.shape[1:]))
-        yield Step(tensor, (output,), slices=_ranges(kept))
+        yield Step(refitted.get(tensor.name, tensor), (output,), slices=_ranges(kept))
 
 
 def _replaced(tensor: TensorInfo, values: torch.Tensor) -> Step:

@@ -1,0 +1,79 @@
+"""Writing a pruned checkpoint: as it is, or with `down_proj` refitted first."""
+
+import hashlib
+import json
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf_mixed.drop_map import RetainedExperts
+from vllm_gemma4q.checkpoint import Checkpoint
+from vllm_gemma4q.checkpoint.convert import Conversion, convert
+from vllm_gemma4q.checkpoint.header import read_json
+from vllm_gemma4q.checkpoint.run import JOURNAL, MANIFEST
+from vllm_gemma4q.commands.progress import byte_bar
+from vllm_gemma4q.commands.prune_model import PrunedModel
+from vllm_gemma4q.errors import InputError
+from vllm_gemma4q.pruned_moe.knobs import Options
+from vllm_gemma4q.pruned_moe.prune import plan
+
+_REQUEST = "request"
+
+
+@dataclass(frozen=True)
+class Writing:
+    """What to write."""
+
+    source: Checkpoint
+    retained: RetainedExperts
+    options: Options
+    max_shard_bytes: int
+
+    def plain(self, target: Path, provenance: Mapping[str, Any], dry_run: bool) -> tuple[Conversion, bool]:
+        """The conversion, and whether anything was written."""
+        conversion = self._plan(None, provenance)
+        return conversion, not dry_run and _write(conversion, target)
+
+    def refitted(
+        self, target: Path, folder: Path, model: PrunedModel, provenance: Mapping[str, Any], dry_run: bool
+    ) -> tuple[Conversion, bool]:
+        """The same after a refit in a work folder, which goes once the target is complete.
+
+        The target is looked at first: a refit takes long, and for a finished one it is not made again.
+        """
+        unfitted = self._plan(None, provenance)
+        if dry_run:
+            return unfitted, False
+        details = {**provenance, "refit": model.details()}
+        request = self._request(details)
+        if _is_done(target, request):
+            return unfitted, False
+        if target.exists() and any(target.iterdir()) and not (target / JOURNAL).exists():
+            raise InputError(f"{target}: not empty, and not an unfinished run of this command")
+        conversion = self._plan(model.refit(self.retained, folder), {**details, _REQUEST: request})
+        written = _write(conversion, target)
+        shutil.rmtree(folder)
+        return conversion, written
+
+    def _plan(self, weights: Checkpoint | None, provenance: Mapping[str, Any]) -> Conversion:
+        return plan(self.source, self.retained, self.options, self.max_shard_bytes, weights, provenance)
+
+    def _request(self, details: Mapping[str, Any]) -> str:
+        """What decides the result, work folder aside."""
+        identity = self._plan(None, {}).identity()
+        decided = json.dumps([identity, details, asdict(self.options), self.retained.kept], sort_keys=True)
+        return hashlib.sha256(decided.encode()).hexdigest()
+
+
+def _is_done(target: Path, request: str) -> bool:
+    if (target / JOURNAL).exists() or not (target / MANIFEST).is_file():
+        return False
+    return (read_json(target / MANIFEST).get("details") or {}).get(_REQUEST) == request
+
+
+def _write(conversion: Conversion, target: Path) -> bool:
+    with byte_bar(conversion.source_bytes, conversion.scheme) as bar:
+        return convert(conversion, target, ["gemma4q", *sys.argv[1:]], bar.update)
