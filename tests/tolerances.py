@@ -122,7 +122,7 @@ TRANSFERRED_ROUTER = 2.0**-8
 # with two kept experts of one layer swapped: 4.3 and more.
 MASKED_LOGPROBS = 2e-4
 # Quantized by our commands against BF16, both pruned so, in vLLM on a CPU: (greatest mean KLD in nats, least share of
-# positions with the same most likely token). Measured: INT8 0.0010 and 0.978, over ranks 0.0011 and 0.977; FP8 0.0065 and
-# 0.956; half the rows of experts' down_proj scaled by 1.5: 0.022 and 0.913; half the gates' weight scales times 4: 0.10
-# and 0.817.
+# positions with the same most likely token). Measured: INT8 0.0010 and 0.978, over ranks 0.0011 and 0.977; FP8 0.0065
+# and 0.956; half the rows of experts' down_proj scaled by 1.5: 0.022 and 0.913; half the gates' weight scales times 4:
+# 0.10 and 0.817.
 PRUNED_QUANTIZED = {"int8": (0.003, 0.96), "fp8": (0.013, 0.91)}
