@@ -107,7 +107,7 @@ def convert(
     """
     for checkpoint in (conversion.source, conversion.base):
         if checkpoint is not None:
-            _refuse_inside(target, checkpoint.folder)
+            refuse_inside(target, checkpoint.folder)
     run = Run(target, conversion.identity())
     if run.is_complete:
         return False
@@ -132,7 +132,8 @@ def convert(
     return True
 
 
-def _refuse_inside(target: Path, folder: Path) -> None:
+def refuse_inside(target: Path, folder: Path) -> None:
+    """Raises InputError: one of both lies in the other."""
     source = folder.resolve()
     if target.resolve().is_relative_to(source) or source.is_relative_to(target.resolve()):
         raise InputError(f"{target}: the target must lie outside the source {folder}")

@@ -134,10 +134,7 @@ class Run:
         for path in reversed(missing):
             path.mkdir()
             self._created.append(path)
-        if not self.target.is_dir():
-            raise InputError(f"{self.target}: exists and is not a folder")
-        if not (self.target / JOURNAL).exists() and any(self.target.iterdir()):
-            raise InputError(f"{self.target}: not empty, and not an unfinished run of this command")
+        check_takes_run(self.target)
 
     def _open_journal(self) -> None:
         self._journal = (self.target / JOURNAL).open("a+b")
@@ -184,6 +181,16 @@ class Run:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def check_takes_run(target: Path) -> None:
+    """Raises InputError: there is something that no run has left. A folder that is not there yet is fine."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise InputError(f"{target}: exists and is not a folder")
+    if not (target / JOURNAL).exists() and any(target.iterdir()):
+        raise InputError(f"{target}: not empty, and not an unfinished run of this command")
 
 
 def _changed_keys(before: Any, after: Mapping[str, Any]) -> str:

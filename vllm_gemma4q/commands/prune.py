@@ -1,6 +1,7 @@
 """`gemma4q prune SRC DST --statistics STATS --keep 98`"""
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,13 +11,16 @@ from gguf_mixed.drop_map import RetainedExperts, read_drop_map, write_drop_map
 from vllm_gemma4q.calibration.statistics import read_statistics
 from vllm_gemma4q.checkpoint import Checkpoint, open_checkpoint
 from vllm_gemma4q.commands.model import Device, Dtype
+from vllm_gemma4q.commands.progress import byte_bar
 from vllm_gemma4q.commands.prune_model import PrunedModel, Text
 from vllm_gemma4q.commands.prune_report import print_plan, print_scores, print_verdicts, scores_report
 from vllm_gemma4q.commands.prune_writing import Writing
 from vllm_gemma4q.errors import InputError
-from vllm_gemma4q.pruned_moe.choose import DEFAULT, NAMES, Chooser, mixture_of, overlaps
-from vllm_gemma4q.pruned_moe.plot import plot_scores
+from vllm_gemma4q.pruned_moe.choose import DEFAULT, NAMES, Chooser, overlaps
 from vllm_gemma4q.pruned_moe.knobs import Options
+from vllm_gemma4q.pruned_moe.mixture import mixture_of
+from vllm_gemma4q.pruned_moe.plot import plot_scores
+from vllm_gemma4q.pruned_moe.weight_scores import WEIGHT_RECIPES, expert_bytes
 from vllm_gemma4q.sizes import parse_size
 
 
@@ -58,7 +62,7 @@ def command(
     class_weight: Annotated[
         list[str] | None, typer.Option(metavar="TEXT=W", help="v5-coder: how much a calibrated text counts.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of random scores.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of random scores.")] = 0,
     shared_boost: Annotated[
         float, typer.Option(help="Multiply the dense MLP's share, at post_feedforward_layernorm_1.")
     ] = 1.0,
@@ -77,27 +81,38 @@ def command(
         str, typer.Option(metavar="SIZE", help="Activations that --evaluate and --spread keep in memory.")
     ] = "4GiB",
     work: Annotated[Path | None, typer.Option(metavar="DIR", help="Of the refit; DST.work where not given.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write no checkpoint.")] = False,
     max_shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Largest output file, such as 5GB, 500MB or 2GiB.")
     ] = "5GB",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Drop experts of a mixture, file to file: the ones that calibration says matter least. Run it again to resume."""
+    _check_names(recipe, *(compare or []))
+    from_recipe: dict[str, Any] = {
+        "--statistics": statistics,
+        "--spread": spread,
+        "--scores-only": scores_only,
+        "--plot": plot,
+    }
+    from_recipe |= {"--compare": compare, "--class-weight": class_weight}
+    _check_choice(drop_map, keep, [name for name, given in from_recipe.items() if given])
+    _check_task(target, bool(text), spread, scores_only, bool(evaluate), bool(compare))
+    options = Options(shared_boost, soft_transfer, top_k)
     checkpoint = open_checkpoint(source)
-    _check(target, drop_map, keep, statistics, text, spread, scores_only, bool(evaluate), recipe, compare)
     chooser = None
     if drop_map is None:
         assert keep is not None
         found = None if statistics is None else read_statistics(statistics)
-        chooser = Chooser(checkpoint, found, keep, _weights(class_weight or []), seed)
+        chooser = Chooser(checkpoint, found, keep, _weights(class_weight or []), seed, top_k)
+        _read_weights(chooser, recipe, *(compare or (chooser.available if evaluate else ())))
     if scores_only:
         assert chooser is not None
         _scores(chooser, recipe, plot, drop_map_output, as_json)
         return
     run = Text(samples, max_length, raw, device, dtype, parse_size(activations_limit))
-    model = PrunedModel(checkpoint, run, text or [])
-    retained = _retained(checkpoint, drop_map, chooser, recipe, model if spread else None)
+    model = PrunedModel(checkpoint, run, text or [], options)
+    retained = _retained(checkpoint, drop_map, chooser, recipe, model if spread else None, top_k)
     if evaluate:
         name = recipe + ", spread" if spread else recipe
         candidates = {name if drop_map is None else drop_map.name: retained}
@@ -113,7 +128,7 @@ def command(
         write_drop_map(drop_map_output, retained, {**provenance, "overlap": _overlaps(chooser, retained)})
     if evaluate or target is None:
         return
-    job = Writing(checkpoint, retained, Options(shared_boost, soft_transfer, top_k), parse_size(max_shard_size))
+    job = Writing(checkpoint, retained, options, parse_size(max_shard_size))
     folder = work or target.with_name(target.name + ".work")
     if refit and text:
         conversion, written = job.refitted(target, folder, model, provenance, dry_run)
@@ -130,34 +145,43 @@ def command(
     print(json.dumps(report)) if as_json else print_plan(report, dry_run)
 
 
-def _check(
-    target: Path | None,
-    drop_map: Path | None,
-    keep: int | None,
-    statistics: Path | None,
-    text: list[Path] | None,
-    spread: bool,
-    scores_only: bool,
-    is_judged: bool,
-    recipe: str,
-    compare: list[str] | None,
-) -> None:
-    """Options that contradict each other or need another one: one clear line, before anything is read."""
-    for name in (recipe, *(compare or [])):
+def _check_names(*recipes: str) -> None:
+    for name in recipes:
         if name not in NAMES:
             raise InputError(f"recipe {name}: expected one of {', '.join(NAMES)}")
+
+
+def _check_choice(drop_map: Path | None, keep: int | None, from_recipe: list[str]) -> None:
+    """Experts are chosen in one way, and options that belong to the other are not ignored."""
     if (drop_map is None) == (keep is None):
         raise InputError("expected either --keep N, with --statistics STATS, or --drop-map FILE")
-    if drop_map is not None and (statistics or spread or scores_only or compare):
+    if drop_map is not None and from_recipe:
+        raise InputError(f"--drop-map: got also {', '.join(from_recipe)}, which recipes take")
+
+
+def _check_task(
+    target: Path | None, has_text: bool, spread: bool, scores_only: bool, is_judged: bool, has_others: bool
+) -> None:
+    """Options that contradict each other or need another one: one clear line, before anything is read."""
+    if scores_only and (has_text or is_judged):
         raise InputError(
-            "--drop-map: got also --statistics, --spread, --scores-only or --compare, expected none of them"
+            "--scores-only: got also --text, --spread or --evaluate, which run the model, expected neither"
         )
-    if spread and not text:
+    if spread and not has_text:
         raise InputError("--spread: --text is missing: what a layer loses is measured on it")
+    if has_others and not is_judged:
+        raise InputError("--compare: --evaluate is missing: the text to compare on")
     if target is None and not (scores_only or is_judged):
         raise InputError("DST is missing: expected an output folder, or --scores-only, or --evaluate FILE")
     if target is not None and (scores_only or is_judged):
         raise InputError(f"DST: got {target}, expected none: --scores-only and --evaluate write no checkpoint")
+
+
+def _read_weights(chooser: Chooser, *recipes: str) -> None:
+    """What recipes from weights need, with a bar: of a large model it takes minutes."""
+    if WEIGHT_RECIPES.keys() & set(recipes):
+        with byte_bar(expert_bytes(chooser.source), "weights") as bar:
+            chooser.read_weights(bar.update)
 
 
 def _weights(given: list[str]) -> dict[str, float]:
@@ -168,18 +192,23 @@ def _weights(given: list[str]) -> dict[str, float]:
             weights[name] = float(value)
         except ValueError:
             separator = ""
-        if not separator:
+        if not (separator and 0 <= weights[name] < math.inf):
             raise InputError(f"--class-weight: got {item}, expected TEXT=W, such as code.txt=2")
     return weights
 
 
 def _retained(
-    checkpoint: Checkpoint, drop_map: Path | None, chooser: Chooser | None, recipe: str, model: PrunedModel | None
+    checkpoint: Checkpoint,
+    drop_map: Path | None,
+    chooser: Chooser | None,
+    recipe: str,
+    model: PrunedModel | None,
+    top_k: int | None,
 ) -> RetainedExperts:
     if chooser is None:
         assert drop_map is not None
-        found = mixture_of(checkpoint)
-        return read_drop_map(drop_map, found.num_experts or 0, len(found.layers), found.top_k_experts or 1)
+        architecture, num_experts, as_it_is = mixture_of(checkpoint.config)
+        return read_drop_map(drop_map, num_experts, len(architecture.layers), top_k or as_it_is)
     return chooser.uniform(recipe) if model is None else model.spread(chooser, recipe)
 
 
@@ -195,7 +224,7 @@ def _scores(chooser: Chooser, recipe: str, plot: Path | None, drop_map_output: P
 
 
 def _overlaps(chooser: Chooser | None, retained: RetainedExperts) -> dict[str, float]:
-    return {} if chooser is None else overlaps(retained, {name: chooser.uniform(name) for name in chooser.available})
+    return {} if chooser is None else overlaps(retained, {name: chooser.uniform(name) for name in chooser.at_hand})
 
 
 def _provenance(

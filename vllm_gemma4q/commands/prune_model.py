@@ -3,7 +3,7 @@
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -13,7 +13,9 @@ from tqdm import tqdm
 from gguf_mixed.drop_map import RetainedExperts
 from vllm_gemma4q.checkpoint import Checkpoint
 from vllm_gemma4q.commands.model import Device, Dtype, load_decoder
+from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.pruned_moe.choose import Chooser
+from vllm_gemma4q.pruned_moe.knobs import Options
 from vllm_gemma4q.pruned_moe.select import best
 
 if TYPE_CHECKING:  # transformers, which only these need
@@ -46,10 +48,11 @@ class PrunedModel:
 
     Args:
         text: files for the refit and for measuring layers.
+        options: what else the prune changes. Layers are measured without.
     """
 
-    def __init__(self, source: Checkpoint, run: Text, text: Sequence[Path]):
-        self._source, self._run, self._text = source, run, text
+    def __init__(self, source: Checkpoint, run: Text, text: Sequence[Path], options: Options | None = None):
+        self._source, self._run, self._text, self._options = source, run, text, options or Options()
 
     def judge(
         self,
@@ -58,17 +61,23 @@ class PrunedModel:
         refit_first: bool,
         work: Path | None,
     ) -> "dict[str, Verdict]":
-        """Compare candidates on held-out text; the first one also as it is after a refit."""
+        """Compare candidates on held-out text; the first one also as it is after a refit.
+
+        Args:
+            work: folder for what the refit writes meanwhile; None for the system's.
+        """
         from vllm_gemma4q.pruned_moe.judge import judge, n_steps
         from vllm_gemma4q.pruned_moe.streams import Variant
 
+        if work is not None and not work.is_dir():
+            raise InputError(f"--work: {work}: not a folder, expected one for temporary files")
         samples = self._cut(held_out, self._run.samples)
-        variants = {name: Variant(retained) for name, retained in candidates.items()}
+        variants = {name: Variant(retained, options=self._options) for name, retained in candidates.items()}
         first = next(iter(candidates))
         with tempfile.TemporaryDirectory(prefix="gemma4q-", dir=work) as folder:
             if refit_first:
                 weights = self.refit(candidates[first], Path(folder) / "refit")
-                variants[first + REFIT] = Variant(candidates[first], weights.tensors)
+                variants[first + REFIT] = Variant(candidates[first], weights.tensors, self._options)
             return self._judged(judge, n_steps, samples.ids, variants)
 
     def spread(self, chooser: Chooser, recipe: str) -> RetainedExperts:
@@ -90,11 +99,13 @@ class PrunedModel:
         from vllm_gemma4q.calibration.identity import decoder_identity
         from vllm_gemma4q.calibration.work import Work
         from vllm_gemma4q.pruned_moe.refit import Refit, refitted
+        from vllm_gemma4q.pruned_moe.streams import Variant
 
         samples = self._cut(self._text, self._run.samples)
-        identity = {**decoder_identity(self._decoder), "texts": self.details(), "retained": retained.to_json()}
+        chosen = {"retained": retained.to_json(), "options": asdict(self._options)}
+        identity = {**decoder_identity(self._decoder), "texts": self.details(), **chosen}
         with Work(folder, identity) as work:
-            job = Refit(self._decoder, retained, samples.ids, work)
+            job = Refit(self._decoder, Variant(retained, options=self._options), samples.ids, work)
             with _token_bar(job.n_steps, "refit") as bar:
                 job.run(bar.update)
             return refitted(work, self._decoder)
@@ -114,6 +125,11 @@ class PrunedModel:
 
     @cached_property
     def _decoder(self) -> "Decoder":
+        if "quantization_config" in self._source.config:
+            raise InputError(
+                "config.json: got a quantized checkpoint, and --text and --evaluate run the model, which takes BF16, "
+                "F16 or F32: prune the checkpoint it was made from, or leave them out"
+            )
         return load_decoder(self._source, self._run.device, self._run.dtype)
 
     def _cut(self, paths: Sequence[Path], n_samples: int) -> "Samples":

@@ -11,12 +11,11 @@ from typing import Any
 
 from gguf_mixed.drop_map import RetainedExperts
 from vllm_gemma4q.checkpoint import Checkpoint
-from vllm_gemma4q.checkpoint.convert import Conversion, convert
+from vllm_gemma4q.checkpoint.convert import Conversion, convert, refuse_inside
 from vllm_gemma4q.checkpoint.header import read_json
-from vllm_gemma4q.checkpoint.run import JOURNAL, MANIFEST
+from vllm_gemma4q.checkpoint.run import JOURNAL, MANIFEST, check_takes_run
 from vllm_gemma4q.commands.progress import byte_bar
 from vllm_gemma4q.commands.prune_model import PrunedModel
-from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.pruned_moe.knobs import Options
 from vllm_gemma4q.pruned_moe.prune import plan
 
@@ -51,8 +50,9 @@ class Writing:
         request = self._request(details)
         if _is_done(target, request):
             return unfitted, False
-        if target.exists() and any(target.iterdir()) and not (target / JOURNAL).exists():
-            raise InputError(f"{target}: not empty, and not an unfinished run of this command")
+        for place in (target, folder):
+            refuse_inside(place, self.source.folder)
+            check_takes_run(place)
         conversion = self._plan(model.refit(self.retained, folder), {**details, _REQUEST: request})
         written = _write(conversion, target)
         shutil.rmtree(folder)

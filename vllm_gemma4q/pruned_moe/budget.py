@@ -14,14 +14,14 @@ from vllm_gemma4q.calibration.statistics import Array
 from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.pruned_moe.select import best
 
-PROBES = 4  # counts a layer is measured at
+_DROPPED = (1.75, 1.25, 0.75, 0.25)  # what a layer is measured at, over what it drops on average
 
 
 def probe_counts(num_experts: int, top_k: int, keep: int) -> list[int]:
-    """Counts to measure a layer at, around `keep`, ascending: from well below it to one dropped expert in eight."""
+    """Counts to measure a layer at, around `keep`, ascending, at least `top_k`."""
     dropped = num_experts - keep
-    wanted = (num_experts - round(share * dropped) for share in (1.75, 1.25, 0.75, 0.25))
-    return sorted({min(max(count, top_k), num_experts - 1) for count in wanted})
+    wanted = (num_experts - round(share * dropped) for share in _DROPPED)
+    return sorted({max(min(count, num_experts - 1), top_k) for count in wanted})
 
 
 def probes(scores: Array, counts: Sequence[int]) -> dict[str, RetainedExperts]:

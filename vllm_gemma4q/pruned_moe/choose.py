@@ -7,11 +7,11 @@ from functools import cached_property
 import numpy as np
 
 from gguf_mixed.drop_map import RetainedExperts
-from vllm_gemma4q.architecture import TextArchitecture, parse_text_architecture
 from vllm_gemma4q.calibration.identity import check_same_model
 from vllm_gemma4q.calibration.statistics import Array, Statistics
 from vllm_gemma4q.checkpoint import Checkpoint
 from vllm_gemma4q.errors import InputError
+from vllm_gemma4q.pruned_moe.mixture import mixture_of
 from vllm_gemma4q.pruned_moe.scores import RECIPES, Evidence, evidence
 from vllm_gemma4q.pruned_moe.select import best, turns
 from vllm_gemma4q.pruned_moe.weight_scores import WEIGHT_RECIPES, weight_sums
@@ -31,12 +31,12 @@ class Chooser:
         source: the checkpoint; recipes from weights need it in BF16, F16 or F32.
         statistics: what `gemma4q calibrate` wrote for it, or for what it was quantized from.
         keep: experts a layer that will stay, on average.
+        top_k: experts a token from now on; None for the model's.
         class_weights: by name of a text, for v5-coder.
         seed: of random scores.
-        progress: called with bytes read, by recipes from weights.
 
     Raises:
-        InputError: a dense model, statistics of another one, or nothing to drop or to keep.
+        InputError: a dense model or a pruned one, statistics of another one, or too few or too many to keep.
     """
 
     source: Checkpoint
@@ -44,22 +44,22 @@ class Chooser:
     keep: int
     class_weights: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
-    progress: Progress = lambda n_bytes: None
+    top_k: int | None = None
+    _sums: Array | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        architecture = mixture_of(self.source)
-        if not (architecture.top_k_experts or 1) <= self.keep <= (architecture.num_experts or 0):
-            raise InputError(
-                f"--keep: got {self.keep}, expected {architecture.top_k_experts} (top_k)..{architecture.num_experts}"
-            )
+        _, num_experts, top_k = mixture_of(self.source.config)
+        top_k = self.top_k or top_k
+        if not top_k <= self.keep <= num_experts:
+            raise InputError(f"--keep: got {self.keep}, expected {top_k} (top_k)..{num_experts}")
         if self.statistics is not None and "quantization_config" not in self.source.config:
             check_same_model(self.statistics, self.source)
 
     @cached_property
     def shape(self) -> tuple[int, int]:
         """Layers, experts."""
-        architecture = mixture_of(self.source)
-        return len(architecture.layers), architecture.num_experts or 0
+        architecture, num_experts, _ = mixture_of(self.source.config)
+        return len(architecture.layers), num_experts
 
     @property
     def available(self) -> list[str]:
@@ -67,6 +67,17 @@ class Chooser:
         from_weights = () if "quantization_config" in self.source.config else tuple(WEIGHT_RECIPES)
         from_statistics = () if self.statistics is None else (*RECIPES, QUOTA)
         return [*from_statistics, *from_weights, RANDOM]
+
+    @property
+    def at_hand(self) -> list[str]:
+        """Those for which no weights must be read any more."""
+        return [name for name in self.available if name not in WEIGHT_RECIPES or self._sums is not None]
+
+    def read_weights(self, progress: Progress = lambda n_bytes: None) -> Array:
+        """What recipes from weights need; read once. `progress` is called with bytes: `expert_bytes` in all."""
+        if self._sums is None:
+            self._sums = weight_sums(self.source, progress)
+        return self._sums
 
     def scores(self, recipe: str) -> Array:
         """float64 [layers, experts], higher stays.
@@ -77,7 +88,7 @@ class Chooser:
         if recipe == RANDOM:
             return np.random.default_rng(self.seed).random(self.shape)
         if recipe in WEIGHT_RECIPES:
-            return WEIGHT_RECIPES[recipe](self._weight_sums)
+            return WEIGHT_RECIPES[recipe](self.read_weights())
         found = -turns(self._evidence.by_class) if recipe == QUOTA else RECIPES[recipe](self._evidence)
         if found.shape != self.shape:
             raise InputError(f"statistics: of {found.shape} layers and experts, the model has {self.shape}")
@@ -92,18 +103,6 @@ class Chooser:
         if self.statistics is None:
             raise InputError("--statistics is missing: what gemma4q calibrate wrote for this model")
         return evidence(self.statistics, self.keep, self.class_weights)[0]
-
-    @cached_property
-    def _weight_sums(self) -> Array:
-        return weight_sums(self.source, self.progress)
-
-
-def mixture_of(source: Checkpoint) -> TextArchitecture:
-    """The architecture of a mixture of experts. Raises InputError: a dense model."""
-    architecture = parse_text_architecture(source.config)
-    if architecture.num_experts is None:
-        raise InputError("config.json: got a dense model, expected one with experts (enable_moe_block, num_experts)")
-    return architecture
 
 
 def overlaps(retained: RetainedExperts, others: Mapping[str, RetainedExperts]) -> dict[str, float]:

@@ -15,7 +15,8 @@ import torch
 
 from vllm_gemma4q.calibration.decoder import Decoder
 from vllm_gemma4q.calibration.statistics import Array
-from vllm_gemma4q.pruned_moe.streams import Progress, Streams, Variant, pruned
+from vllm_gemma4q.errors import InputError
+from vllm_gemma4q.pruned_moe.streams import Progress, Streams, Variant
 
 _VALUES_AT_ONCE = 1 << 24
 CONFIDENCE = 1.96  # standard errors of a 95% interval
@@ -75,7 +76,7 @@ def judge(
         progress: called with tokens that have passed a layer, of any variant: `n_steps` in all.
 
     Raises:
-        InputError: a tensor cannot be read.
+        InputError: a tensor cannot be read, or the model's answers are not finite.
     """
     variants = list(candidates.values())
     errors = np.zeros((len(candidates), decoder.n_layers))
@@ -83,6 +84,8 @@ def judge(
         for index in range(decoder.n_layers):
             errors[:, index] = _layer(decoder, index, samples, streams, variants, progress)
         found = _divergences(decoder, samples, streams, [_stream(variants, number) for number in range(len(variants))])
+    if not all(np.isfinite(kld).all() for kld, _ in found):
+        raise InputError("the model's answers are not finite: try --dtype float32")
     ends = np.cumsum([len(sample) for sample in samples])[:-1]
     return {
         name: Verdict(kld, np.array([part.mean() for part in np.split(kld, ends)]), float(same.mean()), layer)
@@ -129,7 +132,7 @@ def _layer(
             for number in started:
                 is_first = _start(variants[number]) == index
                 hidden = entered if is_first else streams.get(number + 1, sample)
-                with pruned(layer, variants[number].retained.kept[index], own[number]):
+                with variants[number].applied(layer, index, own[number]):
                     streams.put(number + 1, sample, decoder.run(layer, hidden))
                 distance[number] += float((normed[0] - expected).square().sum())
             progress(len(ids) * (len(started) + 1))

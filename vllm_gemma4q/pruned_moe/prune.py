@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from gguf_mixed.drop_map import RetainedExperts
-from vllm_gemma4q.architecture import Role, TextArchitecture, parse_text_architecture, role_of
+from vllm_gemma4q.architecture import Role, TextArchitecture, role_of
 from vllm_gemma4q.calibration.weights import read_rows
 from vllm_gemma4q.checkpoint import DTYPE_BYTES, Checkpoint, OutputTensor, Step, TensorInfo
 from vllm_gemma4q.checkpoint.convert import Conversion
@@ -28,6 +28,7 @@ from vllm_gemma4q.conformance import check_unquantized
 from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.pruned_moe.config import pruned_config
 from vllm_gemma4q.pruned_moe.knobs import Options, boosted, transferred
+from vllm_gemma4q.pruned_moe.mixture import mixture_of
 from vllm_gemma4q.pruned_moe.tensors import Place, check_experts, is_shared, place_of
 from vllm_gemma4q.restore.names import canonical
 
@@ -61,8 +62,8 @@ def plan(
             with fewer experts left than a token takes, or tensors are missing or have the wrong shape or dtype.
     """
     options = options or Options()
-    architecture = parse_text_architecture(source.config)
-    _check_retained(architecture, retained, options)
+    architecture, num_experts, top_k = mixture_of(source.config)
+    _check_retained(retained, len(architecture.layers), num_experts, options.top_k or top_k)
     check_experts(source.tensors.values(), retained.num_experts, len(architecture.layers))
     if "quantization_config" not in source.config:
         check_unquantized(architecture, source.tensors)
@@ -87,22 +88,11 @@ def plan(
     )
 
 
-def _check_retained(architecture: TextArchitecture, retained: RetainedExperts, options: Options) -> None:
-    if architecture.num_experts is None or architecture.top_k_experts is None:
-        raise InputError("config.json: got a dense model, expected one with experts (enable_moe_block, num_experts)")
-    counts = {layer.num_experts for layer in architecture.layers}
-    if len(counts) > 1:
-        raise InputError(
-            "config.json: got layers with different numbers of experts (num_experts_per_layer), "
-            "expected a checkpoint that was not pruned: prune the one it was made from"
-        )
-    if len(retained.kept) != len(architecture.layers):
-        raise InputError(f"experts to keep: got {len(retained.kept)} layers, the model has {len(architecture.layers)}")
-    if retained.num_experts != architecture.num_experts:
-        raise InputError(
-            f"experts to keep: chosen among {retained.num_experts} a layer, the model has {architecture.num_experts}"
-        )
-    top_k = options.top_k or architecture.top_k_experts
+def _check_retained(retained: RetainedExperts, n_layers: int, num_experts: int, top_k: int) -> None:
+    if len(retained.kept) != n_layers:
+        raise InputError(f"experts to keep: got {len(retained.kept)} layers, the model has {n_layers}")
+    if retained.num_experts != num_experts:
+        raise InputError(f"experts to keep: chosen among {retained.num_experts} a layer, the model has {num_experts}")
     for layer, kept in enumerate(retained.kept):
         _check_layer(layer, kept, retained.num_experts, top_k)
 

@@ -17,12 +17,10 @@ Cf. weight updates of OBS pruning (Hassibi 1993) and SparseGPT (arXiv 2301.00774
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from gguf_mixed.drop_map import RetainedExperts
 from vllm_gemma4q.calibration.activations import StoredActivations
 from vllm_gemma4q.calibration.decoder import Decoder
 from vllm_gemma4q.calibration.experts import Experts
@@ -31,11 +29,13 @@ from vllm_gemma4q.calibration.weights import dtype_of
 from vllm_gemma4q.calibration.work import Work
 from vllm_gemma4q.checkpoint import Checkpoint
 from vllm_gemma4q.checkpoint.header import read_header
-from vllm_gemma4q.pruned_moe.streams import Progress, only
+from vllm_gemma4q.errors import InputError
+from vllm_gemma4q.pruned_moe.streams import Progress, Variant
 
 RIDGE = 0.1
 PASSES = 3  # of a layer: unpruned, pruned, pruned with what was found
 _STREAMS = ("unpruned", "pruned")
+_STORED = r"\.experts\.(?:0\.)?down_proj(?:\.weight)?$"
 
 
 class Refit:
@@ -43,19 +43,14 @@ class Refit:
 
     Args:
         decoder: the unpruned model.
-        retained: experts that stay.
-        samples: token ids. One layer's inputs and residuals are in memory: 6 bytes x tokens x hidden size in BF16.
+        variant: the prune, knobs included.
+        samples: token ids. What enters one layer's experts, and what is left to explain, is in memory: 6 bytes x
+            tokens x hidden size in BF16.
         work: where layers and activations go.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        retained: RetainedExperts,
-        samples: Sequence[Sequence[int]],
-        work: Work,
-    ):
-        self._decoder, self._retained, self._samples, self._work = decoder, retained, samples, work
+    def __init__(self, decoder: Decoder, variant: Variant, samples: Sequence[Sequence[int]], work: Work):
+        self._decoder, self._variant, self._samples, self._work = decoder, variant, samples, work
         self._layout = layout_of(decoder, samples)
         self._progress: Progress = lambda tokens: None
 
@@ -73,14 +68,20 @@ class Refit:
         progress(sum(map(self._steps, range(start))))
         if start == 0:
             self._embed()
+        self._drop_before(start)
         for index in range(start, n_layers):
             self._layer(index)
-            for stream in _STREAMS:
-                self._work.drop_activations(_activations(stream, index))
+            self._drop_before(index + 1)
 
     def _steps(self, index: int) -> int:
-        is_pruned = len(self._retained.kept[index]) < self._retained.num_experts
-        return self._layout.ends[-1] * (PASSES if is_pruned else PASSES - 1)
+        return self._layout.ends[-1] * (PASSES if self._variant.changes(index) else PASSES - 1)
+
+    def _drop_before(self, boundary: int) -> None:
+        """Activations that nothing reads any more; after the last layer, all."""
+        stop = boundary + 1 if boundary == self._decoder.n_layers else boundary
+        for stream in _STREAMS:
+            for earlier in range(stop):
+                self._work.drop_activations(_activations(stream, earlier))
 
     def _embed(self) -> None:
         for stream in _STREAMS:
@@ -90,25 +91,25 @@ class Refit:
             target.complete()
 
     def _layer(self, index: int) -> None:
-        decoder, kept = self._decoder, self._retained.kept[index]
-        layer = decoder.layer(index)
-        wanted: list[torch.Tensor] = []
-        seen: list[Seen] = []
-        is_pruned = len(kept) < self._retained.num_experts
-        with watching(layer, lambda args, output: wanted.append(output.float())):
-            self._run(layer, "unpruned", index)
-        with (
-            only(layer, kept),
-            watching(layer, lambda args, output: seen.append(Seen(args[0], args[1], args[2], output.float()))),
-        ):
-            self._run(layer, "pruned", index, keep_result=not is_pruned)
-        if is_pruned:
-            refit(layer.experts, seen, wanted, kept)
-            seen.clear()
-            with only(layer, kept):
+        decoder, variant = self._decoder, self._variant
+        layer, tensors = decoder.layer(index), {}
+        if not variant.changes(index):
+            for stream in _STREAMS:
+                self._run(layer, stream, index)
+        else:
+            seen = Seen(self._layout.ends[-1], self._layout.width, layer)
+            with watching(layer, seen.add_wanted):
+                self._run(layer, "unpruned", index)
+            with variant.applied(layer, index), watching(layer, seen.add_pruned):
+                self._run(layer, "pruned", index, keep_result=False)
+            name = f"{decoder.layer_name(index)}.experts.down_proj"
+            if not refit(layer.experts, seen, variant.retained.kept[index]):
+                raise InputError(f"tensor {name}: refit: the model's activations are not finite: try --dtype float32")
+            with variant.applied(layer, index):
                 self._run(layer, "pruned", index)
-        module, weight = f"{decoder.layer_name(index)}.experts.down_proj", layer.experts.down_proj.data
-        self._work.write_tensors(layer_part(index), {module: weight.to(dtype_of(decoder.checkpoint))})
+            stored = dtype_of(decoder.checkpoint, _STORED)
+            tensors[name] = layer.experts.down_proj.data.to(stored)
+        self._work.write_tensors(layer_part(index), tensors)
 
     def _run(self, layer: Any, stream: str, index: int, keep_result: bool = True) -> None:
         """All samples of a stream through a layer."""
@@ -136,21 +137,45 @@ class Refit:
         return 0
 
 
-@dataclass(frozen=True)
 class Seen:
-    """What one layer's experts saw of one sample of T tokens: what entered, who was chosen, and the sum.
+    """What one layer's experts saw of all T tokens: what entered, who was chosen, and what is left to explain.
 
     Attributes:
-        entered: [T, hidden].
-        index: [T, K], experts chosen.
+        entered: [T, hidden], in the pruned stream.
+        index: int64 [T, K], experts chosen there.
         gates: [T, K].
-        sums: float32 [T, hidden], the experts' outputs times their gates.
+        residual: float32 [T, hidden], the unpruned stream's sum of experts minus the pruned one's.
     """
 
-    entered: torch.Tensor
-    index: torch.Tensor
-    gates: torch.Tensor
-    sums: torch.Tensor
+    def __init__(self, n_tokens: int, width: int, layer: Any):
+        weight = layer.experts.down_proj
+        self.residual = torch.empty(n_tokens, width, device=weight.device)
+        self.entered = torch.empty(n_tokens, width, dtype=weight.dtype, device=weight.device)
+        self._index: list[torch.Tensor] = []
+        self._gates: list[torch.Tensor] = []
+        self._n_wanted = self._n_pruned = 0
+
+    @property
+    def index(self) -> torch.Tensor:
+        return torch.cat(self._index)
+
+    @property
+    def gates(self) -> torch.Tensor:
+        return torch.cat(self._gates)
+
+    def add_wanted(self, args: tuple[torch.Tensor, ...], sums: torch.Tensor) -> None:
+        """The next sample of the unpruned stream."""
+        start, self._n_wanted = self._n_wanted, self._n_wanted + len(sums)
+        self.residual[start : self._n_wanted] = sums
+
+    def add_pruned(self, args: tuple[torch.Tensor, ...], sums: torch.Tensor) -> None:
+        """The next sample of the pruned stream; the unpruned one has been through."""
+        start, self._n_pruned = self._n_pruned, self._n_pruned + len(sums)
+        self.residual[start : self._n_pruned] -= sums.float()
+        entered, index, gates = args
+        self.entered[start : self._n_pruned] = entered
+        self._index.append(index)
+        self._gates.append(gates)
 
 
 @contextmanager
@@ -167,28 +192,26 @@ def watching(layer: Any, keep: Callable[[tuple[torch.Tensor, ...], torch.Tensor]
         handle.remove()
 
 
-def refit(experts: Experts, seen: Sequence[Seen], wanted: Sequence[torch.Tensor], kept: Sequence[int]) -> None:
-    """Move `down_proj` of the kept experts in place, one after the other.
+def refit(experts: Experts, seen: Seen, kept: Sequence[int]) -> bool:
+    """Move `down_proj` of the kept experts in place, one after the other; also `seen.residual`.
 
-    Args:
-        experts: of one layer.
-        seen: of the pruned stream, by sample.
-        wanted: by sample, float32 [T, hidden], the unpruned stream's sums.
+    Returns:
+        Whether all that was seen was finite.
     """
-    entered = torch.cat([part.entered for part in seen])
-    index = torch.cat([part.index for part in seen])
-    gates = torch.cat([part.gates for part in seen]).float()
-    residual = torch.cat([target - part.sums for target, part in zip(wanted, seen, strict=True)])
+    index, gates, residual = seen.index, seen.gates.float(), seen.residual
+    if not all(bool(part.isfinite().all()) for part in (residual, gates)):
+        return False
     for expert in kept:
         tokens, place = (index == expert).nonzero(as_tuple=True)
         if not len(tokens):
             continue
-        inner = experts.inner(entered[tokens], expert).float() * gates[tokens, place][:, None]
+        inner = experts.inner(seen.entered[tokens], expert).float() * gates[tokens, place][:, None]
         change = _solve(inner, residual[tokens])
         weight = experts.down_proj.data[expert]
         moved = (weight.float() + change.T).to(weight.dtype)
         residual[tokens] -= inner @ (moved.float() - weight.float()).T
         weight.copy_(moved)
+    return True
 
 
 def _solve(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
@@ -203,7 +226,7 @@ def _solve(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
 
 
 def refitted(work: Work, decoder: Decoder) -> Checkpoint:
-    """`..experts.down_proj` [E, hidden, width] of every layer, as a finished refit left them."""
+    """`..experts.down_proj` [E, hidden, width] of every layer that changes, as a finished refit left them."""
     paths = tuple(work.part(layer_part(index)) for index in range(decoder.n_layers))
     tensors = {name: tensor for path in paths for name, tensor in read_header(path).items()}
     return Checkpoint(work.folder, {}, paths, tensors)

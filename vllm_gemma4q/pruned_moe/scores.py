@@ -67,7 +67,7 @@ def evidence(
     """What a statistics file knows of experts, and the names of its classes.
 
     Raises:
-        InputError: it is of a dense model, or a class has no text in it.
+        InputError: it is of a dense model, of one with differing numbers of experts, or has no text of a class.
     """
     if not statistics.experts:
         raise InputError(f"{statistics.path.name}: statistics of a dense model, expected one with experts")
@@ -78,6 +78,12 @@ def evidence(
             raise InputError(f"class {name}: not calibrated on, expected one of {', '.join(names)}")
         weights[names.index(name)] = weight
     layers = [statistics.routing(name) for name in sorted(statistics.experts, key=_layer_of)]
+    counts = sorted({len(layer.count) for layer in layers})
+    if len(counts) > 1:
+        raise InputError(
+            f"{statistics.path.name}: statistics of a model that was pruned: layers with {counts[0]} to {counts[-1]} "
+            "experts, expected as many in all"
+        )
     return Evidence(layers, statistics.samples()[0], weights, keep), names
 
 
@@ -100,16 +106,17 @@ def v5_coder(found: Evidence) -> Array:
     of the experts that v4 would keep: between the layers where that is least and most.
     """
     classes, safe = _normalized(found), v4(found)
-    ranks = classes.argsort(-1).argsort(-1) / max(classes.shape[-1] - 1, 1)
+    ranks = classes.argsort(-1, kind="stable").argsort(-1) / max(classes.shape[-1] - 1, 1)
     scores = (found.weights[:, None, None] * ranks).max(0) + BREADTH * ranks.mean(0)
     order = (-safe).argsort(-1, kind="stable")
     relevance = np.take_along_axis(safe, order, -1)[:, : found.keep].mean(-1)
     spread = float(np.ptp(relevance))
     share = (relevance - relevance.min()) / spread if spread else np.ones(len(relevance))
     least, most = FLOOR_OF_98
-    floors = np.floor((least + (most - least) * share) / 98 * found.keep).astype(int)
+    floors = np.floor((least + (most - least) * share) * found.keep / 98).astype(int)
+    above = scores.max() + 1
     for layer, floor in enumerate(floors):
-        scores[layer, order[layer, :floor]] += scores.max() + 1
+        scores[layer, order[layer, :floor]] += above
     return np.asarray(scores)
 
 

@@ -1,14 +1,14 @@
 """Several variants of one model side by side, one decoder layer in memory at a time.
 
 Variants differ in which experts the router may choose: a dropped expert's logit is set to -inf, which gives what
-slicing gives, exactly. They may also have a `down_proj` of their own (see `refit`). Each layer is loaded once and runs
-all samples of all variants before the next is loaded.
+slicing gives, exactly. They may also have the knobs of `knobs.Options`, and a `down_proj` of their own (see `refit`).
+Each layer is loaded once and runs all samples of all variants before the next is loaded.
 Activations lie in memory up to a limit, else in a temporary folder. Not resumable: a run is a few forward passes.
 """
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from vllm_gemma4q.calibration.decoder import Decoder
 from vllm_gemma4q.calibration.forward import layout_of
 from vllm_gemma4q.calibration.weights import read_rows
 from vllm_gemma4q.checkpoint import TensorInfo
+from vllm_gemma4q.pruned_moe.knobs import Options, boosted, transferred
 
 Progress = Callable[[int], object]
 Hidden = Activations | StoredActivations
@@ -33,14 +34,21 @@ class Variant:
     Attributes:
         retained: experts that stay.
         down_proj: tensors by name, [E, hidden, width], that take the place of the model's, where there are some.
+        options: what else the prune changes.
     """
 
     retained: RetainedExperts
     down_proj: Mapping[str, TensorInfo] = field(default_factory=dict)
+    options: Options = field(default_factory=Options)
 
     def changes(self, index: int) -> bool:
         """Whether a layer differs from the unpruned model's."""
-        return len(self.retained.kept[index]) < self.retained.num_experts
+        is_cut = len(self.retained.kept[index]) < self.retained.num_experts
+        return is_cut or self.options.shared_boost != 1 or self.options.top_k is not None
+
+    def applied(self, layer: Any, index: int, down_proj: torch.Tensor | None = None) -> AbstractContextManager[None]:
+        """Within, a loaded layer is this variant's; `down_proj` as `own` gives it."""
+        return pruned(layer, self.retained.kept[index], self.options, down_proj)
 
     def own(self, decoder: Decoder, index: int) -> torch.Tensor | None:
         """A layer's own `down_proj`, None where it is the model's."""
@@ -49,31 +57,44 @@ class Variant:
 
 
 @contextmanager
-def pruned(layer: Any, kept: Sequence[int], down_proj: torch.Tensor | None) -> Iterator[None]:
-    """Within, a layer computes what the pruned one would."""
-    before = layer.experts.down_proj.data
-    layer.experts.down_proj.data = before if down_proj is None else down_proj
-    try:
-        with only(layer, kept):
-            yield
-    finally:
-        layer.experts.down_proj.data = before
+def pruned(layer: Any, kept: Sequence[int], options: Options, down_proj: torch.Tensor | None = None) -> Iterator[None]:
+    """Within, a transformers decoder layer computes what the pruned one would.
 
-
-@contextmanager
-def only(layer: Any, kept: Sequence[int]) -> Iterator[None]:
-    """Within, the router of a transformers decoder layer chooses among these experts."""
-    dropped = torch.ones(layer.router.proj.out_features, dtype=torch.bool)
+    Args:
+        kept: experts that its router chooses among.
+        down_proj: of all experts, in place of the layer's, where given.
+    """
+    norm, router = layer.post_feedforward_layernorm_1.weight, layer.router.proj
+    dropped = torch.ones(router.out_features, dtype=torch.bool)
     dropped[list(kept)] = False
+    experts = layer.experts.down_proj
+    before = [(part, part.data) for part in (experts, norm, router.weight)]
+    top_k = layer.config.top_k_experts
 
     def mask(module: torch.nn.Module, args: Any, logits: torch.Tensor) -> torch.Tensor:
         return logits.masked_fill(dropped.to(logits.device), float("-inf"))
 
-    handle = layer.router.proj.register_forward_hook(mask)
+    handle = router.register_forward_hook(mask)
     try:
+        if down_proj is not None:
+            experts.data = down_proj
+        if options.shared_boost != 1:
+            norm.data = boosted(norm.data, options.shared_boost)
+        if options.soft_transfer and bool(dropped.any()):
+            router.weight.data = _with_rows(router.weight.data, kept, options.soft_transfer)
+        layer.config.top_k_experts = options.top_k or top_k
         yield
     finally:
         handle.remove()
+        layer.config.top_k_experts = top_k
+        for part, values in before:
+            part.data = values
+
+
+def _with_rows(router: torch.Tensor, kept: Sequence[int], share: float) -> torch.Tensor:
+    rows = router.clone()
+    rows[list(kept)] = transferred(router, kept, share)
+    return rows
 
 
 class Streams:

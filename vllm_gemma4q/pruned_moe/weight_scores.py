@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from vllm_gemma4q.architecture import Role, TextArchitecture, is_fused_experts, parse_text_architecture, role_of
+from vllm_gemma4q.architecture import Role, is_fused_experts, role_of
 from vllm_gemma4q.calibration.statistics import Array
 from vllm_gemma4q.calibration.weights import read_rows
 from vllm_gemma4q.checkpoint import Checkpoint
 from vllm_gemma4q.conformance import check_unquantized
-from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.linears import linears_of
+from vllm_gemma4q.pruned_moe.mixture import mixture_of
 
 Progress = Callable[[int], object]
 # Of one expert: sum of |w|, sum of w^2, number of weights.
@@ -30,6 +30,11 @@ def magnitude(sums: _Sums) -> Array:
 WEIGHT_RECIPES: Mapping[str, Callable[[_Sums], Array]] = {"aimer": aimer, "magnitude": magnitude}
 
 
+def expert_bytes(source: Checkpoint) -> int:
+    """Bytes of all experts: what `weight_sums` reads."""
+    return sum(tensor.end - tensor.start for tensor in source.tensors.values() if role_of(tensor.name) is Role.EXPERTS)
+
+
 def weight_sums(source: Checkpoint, progress: Progress = lambda n_bytes: None) -> _Sums:
     """float64 [layers, experts, 3]: sum of |w|, sum of w^2 and number of weights of each expert.
 
@@ -39,15 +44,9 @@ def weight_sums(source: Checkpoint, progress: Progress = lambda n_bytes: None) -
     Raises:
         InputError: a dense model, a quantized one, or tensors are missing or have the wrong shape or dtype.
     """
-    architecture = parse_text_architecture(source.config)
-    if architecture.num_experts is None:
-        raise InputError("config.json: got a dense model, expected one with experts (enable_moe_block, num_experts)")
+    architecture, num_experts, _ = mixture_of(source.config)
     check_unquantized(architecture, source.tensors)
-    return _sums(source, architecture, progress)
-
-
-def _sums(source: Checkpoint, architecture: TextArchitecture, progress: Progress) -> _Sums:
-    sums = np.zeros((len(architecture.layers), architecture.num_experts or 0, 3))
+    sums = np.zeros((len(architecture.layers), num_experts, 3))
     for tensor in source.tensors.values():
         if role_of(tensor.name) is not Role.EXPERTS:
             continue
