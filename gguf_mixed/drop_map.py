@@ -64,10 +64,10 @@ def read_drop_map(path: Path, num_experts: int, n_layers: int, top_k: int) -> Re
         InputError: unreadable, layers missing or unknown, ids out of range or repeated, fewer than `top_k` left.
     """
     try:
-        dropped = json.loads(path.read_text(), object_pairs_hook=_unique)
+        dropped = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path.name}: not a drop map: {error}") from error
     try:
         return retained_of(dropped, num_experts, n_layers, top_k)

@@ -126,3 +126,16 @@ MASKED_LOGPROBS = 2e-4
 # and 0.956; half the rows of experts' down_proj scaled by 1.5: 0.022 and 0.913; half the gates' weight scales times 4:
 # 0.10 and 0.817.
 PRUNED_QUANTIZED = {"int8": (0.003, 0.96), "fp8": (0.013, 0.91)}
+
+# fused_quantize against the unfused reference: relative deviation of scales, and share of codes that may be one apart
+# (more is never allowed). Measured in Triton's interpreter: 2.4e-6 (one gate of -1.6 alone in its row; else 2e-7) and
+# 0.00007. The reference adds 1 to tanh, and so loses digits of rows whose gates are all negative.
+FUSED_SCALE = 1e-5
+FUSED_CODES_DIFFERING = 1e-3
+# Its residual behind a norm: float32 noise, which may flip the one rounding of float16. Else exact.
+FUSED_RESIDUAL = {torch.float32: 2e-7, torch.float16: 5e-5}
+
+# Scores of experts against their formulas spelled out, float64 in another order; and from weights, sums of an expert's
+# weights in float32. Measured: 1e-16 and 7e-8; with one score of one layer x 1.1: more than 0.001.
+RECIPES_BY_HAND = 1e-12
+WEIGHT_SCORES = 1e-6

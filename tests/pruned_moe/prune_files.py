@@ -49,3 +49,16 @@ def differences(one: Tensors, other: Tensors) -> list[str]:
         for name in one.keys() | other.keys()
         if not (name in one and name in other and same(one[name], other[name]))
     )
+
+
+def one_by_one(tensors):
+    """Fused experts as one tensor an expert and linear."""
+    result = {}
+    for name, tensor in tensors.items():
+        prefix, _, last = name.rpartition(".")
+        for expert, rows in enumerate(tensor) if last in ("gate_up_proj", "down_proj") else ():
+            parts = dict(zip(("gate_proj", "up_proj"), rows.chunk(2), strict=True)) if "gate" in last else {last: rows}
+            result |= {f"{prefix}.{expert}.{part}.weight": weight for part, weight in parts.items()}
+        if last not in ("gate_up_proj", "down_proj"):
+            result[name] = tensor
+    return result

@@ -7,7 +7,7 @@ import made_statistics
 import pruned_checkpoints
 import pytest
 import torch
-from prune_files import EXAMPLE, LAYERS, NUM_EXPERTS, config, differences, retained, run, same, write
+from prune_files import EXAMPLE, LAYERS, NUM_EXPERTS, config, differences, one_by_one, retained, run, same, write
 from pruned_checkpoints import NON_UNIFORM, UNIFORM
 from vllm_plugin.checkpoints import edit, fuse_experts, load, text_only
 
@@ -47,19 +47,6 @@ def fp8(tmp_path_factory):
     made_statistics.write_for(EXAMPLE, folder / "statistics")
     write(fp8_static.plan(open_checkpoint(EXAMPLE), folder / "statistics"), folder / "fp8")
     return folder / "fp8"
-
-
-def one_by_one(tensors):
-    """Fused experts as one tensor an expert and linear."""
-    result = {}
-    for name, tensor in tensors.items():
-        prefix, _, last = name.rpartition(".")
-        for expert, rows in enumerate(tensor) if last in ("gate_up_proj", "down_proj") else ():
-            parts = dict(zip(("gate_proj", "up_proj"), rows.chunk(2), strict=True)) if "gate" in last else {last: rows}
-            result |= {f"{prefix}.{expert}.{part}.weight": weight for part, weight in parts.items()}
-        if last not in ("gate_up_proj", "down_proj"):
-            result[name] = tensor
-    return result
 
 
 def experts_of(tensors, layer, kept, old=True):

@@ -41,7 +41,8 @@ def print_scores(report: Mapping[str, Any]) -> None:
         table.add_row(str(layer), *cells, " ".join(map(str, gone)))
     Console().print(table)
     for name, share in report["overlap"].items():
-        print(f"{name} drops {share:.0%} of these experts, too")
+        if name != report["recipe"]:
+            print(f"{name} drops {share:.0%} of these experts, too")
 
 
 def print_verdicts(verdicts: "Mapping[str, Verdict]", retained: RetainedExperts, as_json: bool) -> None:

@@ -34,7 +34,8 @@ def plot_scores(path: Path, recipe: str, scores: Array, retained: RetainedExpert
         ylabel="layer",
         title=f"{recipe}: score over the layer's largest",
     )
-    figure.colorbar(image)
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    figure.colorbar(image, label="share of the largest score")
     save(figure, path)
 
 
