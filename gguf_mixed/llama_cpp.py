@@ -9,11 +9,13 @@ that failed at once, 11 printed nothing at all. So a run that fails without a re
 and callers check results, not only what was printed.
 """
 
+import contextlib
 import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -84,11 +86,13 @@ def inference_options(tool: Path, threads: int | None) -> list[str]:
     return options + (["--threads", str(threads)] if threads else [])
 
 
-def run_tool(command: Sequence[str], log: Log) -> list[str]:
+def run_tool(command: Sequence[str], log: Log, main_niceness: int = 0) -> list[str]:
     """Run a program to its end.
 
     Args:
         log: gets every line as it is printed, standard output and errors together.
+        main_niceness: how far the program's first thread gives way to its others, 0 to 19: llama.cpp's programs leave
+            the log to a thread of its own and do not wait for it when they end. On Linux only.
 
     Returns:
         All lines. Some programs exit with 0 after an error: see `error_line`.
@@ -100,7 +104,7 @@ def run_tool(command: Sequence[str], log: Log) -> list[str]:
     deadline = time.monotonic() + _ASK_AGAIN_SECONDS
     for _ in range(_ASK_AGAIN_RUNS):
         try:
-            status, lines = _run(command, log)
+            status, lines = _run(command, log, main_niceness)
         except OSError as error:
             raise InputError(f"{name}: does not run: {error}") from error
         if status <= 0 or error_line(lines) or time.monotonic() > deadline:
@@ -124,7 +128,7 @@ def last_line(lines: Sequence[str]) -> str:
     return next((line for line in reversed(lines) if line.strip()), "no output")
 
 
-def _run(command: Sequence[str], log: Log) -> tuple[int, list[str]]:
+def _run(command: Sequence[str], log: Log, main_niceness: int) -> tuple[int, list[str]]:
     """Exit status (negative: the signal that killed it) and all lines printed."""
     lines: list[str] = []
     process = subprocess.Popen(
@@ -133,12 +137,20 @@ def _run(command: Sequence[str], log: Log) -> tuple[int, list[str]]:
     try:
         assert process.stdout is not None
         for line in process.stdout:
+            if main_niceness and not lines and sys.platform == "linux":
+                _lower_main_thread(process.pid, main_niceness)
             lines.append(line.rstrip())
             log(lines[-1])
         return process.wait(), lines
     finally:
         process.kill()
         process.wait()
+
+
+def _lower_main_thread(pid: int, niceness: int) -> None:
+    """Threads inherit niceness, so it is set once the others are there: when the first line has been printed."""
+    with contextlib.suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, pid, niceness)
 
 
 def _in_folder(name: str, folder: Path) -> Path | None:

@@ -23,9 +23,10 @@ from gguf_mixed.errors import InputError
 from gguf_mixed.llama_cpp import Log, error_line, inference_options, last_line, run_tool
 from gguf_mixed.tensors import read_inventory
 
-# The program does not wait for its log at exit, so that the last lines, which hold the figures, may be lost; the more
-# processes share the cores, the more often.
-_MOST_RUNS = 5
+# The program does not wait for its log at exit, so that the last lines, which hold the figures, may be lost: on two
+# cores shared with six busy processes, by 6 runs of 6; with its main thread at niceness 5, 10 and 19, by 5, 3 and 0.
+# That takes time, so each run goes one step further than the last.
+_NICENESS = (0, 5, 10, 19, 19, 19)
 LEAST_POSITIONS = 100  # llama-perplexity makes no statistics of fewer
 DEFAULT_CONTEXT = 512
 
@@ -185,8 +186,8 @@ def divergence(
         raise InputError(f"{base_path.name}: {base.positions} positions, at least {LEAST_POSITIONS} are needed")
     command = [str(tool), "-m", str(model), "--kl-divergence", "--kl-divergence-base", str(base_path)]
     command += [*_context_options(base.context), *inference_options(tool, threads)]
-    for _ in range(_MOST_RUNS):
-        lines = run_tool(command, log)
+    for niceness in _NICENESS:
+        lines = run_tool(command, log, niceness)
         if _is_complete(lines):
             break
     return parse_divergence(lines, base)
