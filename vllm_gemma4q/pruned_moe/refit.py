@@ -74,7 +74,7 @@ class Refit:
             self._drop_before(index + 1)
 
     def _steps(self, index: int) -> int:
-        return self._layout.ends[-1] * (PASSES if self._variant.changes(index) else PASSES - 1)
+        return self._layout.ends[-1] * (PASSES if self._variant.drops(index) else PASSES - 1)
 
     def _drop_before(self, boundary: int) -> None:
         """Activations that nothing reads any more; after the last layer, all."""
@@ -93,23 +93,26 @@ class Refit:
     def _layer(self, index: int) -> None:
         decoder, variant = self._decoder, self._variant
         layer, tensors = decoder.layer(index), {}
-        if not variant.changes(index):
-            for stream in _STREAMS:
-                self._run(layer, stream, index)
+        if variant.drops(index):
+            self._refit(layer, index)
+            weight = layer.experts.down_proj.data
+            tensors[_down_proj(decoder, index)] = weight.to(dtype_of(decoder.checkpoint, _STORED))
         else:
-            seen = Seen(self._layout.ends[-1], self._layout.width, layer)
-            with watching(layer, seen.add_wanted):
-                self._run(layer, "unpruned", index)
-            with variant.applied(layer, index), watching(layer, seen.add_pruned):
-                self._run(layer, "pruned", index, keep_result=False)
-            name = f"{decoder.layer_name(index)}.experts.down_proj"
-            if not refit(layer.experts, seen, variant.retained.kept[index]):
-                raise InputError(f"tensor {name}: refit: the model's activations are not finite: try --dtype float32")
-            with variant.applied(layer, index):
-                self._run(layer, "pruned", index)
-            stored = dtype_of(decoder.checkpoint, _STORED)
-            tensors[name] = layer.experts.down_proj.data.to(stored)
+            self._run(layer, "unpruned", index)
+        with variant.applied(layer, index):
+            self._run(layer, "pruned", index)
         self._work.write_tensors(layer_part(index), tensors)
+
+    def _refit(self, layer: Any, index: int) -> None:
+        """Run the unpruned stream, see what the pruned one lacks, and move the layer's weights."""
+        seen = Seen(self._layout.ends[-1], self._layout.width, layer)
+        with watching(layer, seen.add_wanted):
+            self._run(layer, "unpruned", index)
+        with self._variant.applied(layer, index), watching(layer, seen.add_pruned):
+            self._run(layer, "pruned", index, keep_result=False)
+        if not refit(layer.experts, seen, self._variant.retained.kept[index]):
+            name = _down_proj(self._decoder, index)
+            raise InputError(f"tensor {name}: refit: the model's activations are not finite: try --dtype float32")
 
     def _run(self, layer: Any, stream: str, index: int, keep_result: bool = True) -> None:
         """All samples of a stream through a layer."""
@@ -226,10 +229,14 @@ def _solve(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
 
 
 def refitted(work: Work, decoder: Decoder) -> Checkpoint:
-    """`..experts.down_proj` [E, hidden, width] of every layer that changes, as a finished refit left them."""
+    """`..experts.down_proj` [E, hidden, width] of every layer that loses experts, as a finished refit left them."""
     paths = tuple(work.part(layer_part(index)) for index in range(decoder.n_layers))
     tensors = {name: tensor for path in paths for name, tensor in read_header(path).items()}
     return Checkpoint(work.folder, {}, paths, tensors)
+
+
+def _down_proj(decoder: Decoder, index: int) -> str:
+    return f"{decoder.layer_name(index)}.experts.down_proj"
 
 
 def layer_part(index: int) -> str:

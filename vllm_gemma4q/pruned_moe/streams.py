@@ -41,10 +41,13 @@ class Variant:
     down_proj: Mapping[str, TensorInfo] = field(default_factory=dict)
     options: Options = field(default_factory=Options)
 
+    def drops(self, index: int) -> bool:
+        """Whether a layer loses experts."""
+        return len(self.retained.kept[index]) < self.retained.num_experts
+
     def changes(self, index: int) -> bool:
         """Whether a layer differs from the unpruned model's."""
-        is_cut = len(self.retained.kept[index]) < self.retained.num_experts
-        return is_cut or self.options.shared_boost != 1 or self.options.top_k is not None
+        return self.drops(index) or self.options.shared_boost != 1 or self.options.top_k is not None
 
     def applied(self, layer: Any, index: int, down_proj: torch.Tensor | None = None) -> AbstractContextManager[None]:
         """Within, a loaded layer is this variant's; `down_proj` as `own` gives it."""
