@@ -1,4 +1,8 @@
-"""Compile a Triton kernel ahead of time, without a GPU or a driver, and read what its machine code contains."""
+"""Compile a Triton kernel ahead of time, without a GPU or a driver, and read what its machine code contains.
+
+Occupancy is an estimate from registers and shared memory alone. Sources: CUDA C++ Programming Guide, "Technical
+Specifications per Compute Capability"; LLVM's AMDGPU subtarget (1536 vector registers a SIMD in steps of 24, wave32).
+"""
 
 import re
 import subprocess
@@ -12,6 +16,33 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What the programs resident on one SM, or on one WGP (two CUs that share LDS), divide among them.
+
+    registers: 32-bit registers a lane, of all SIMDs together. step: multiple in which a warp gets them. shared: bytes.
+    overhead: bytes of shared memory that a program takes beside its own. largest: bytes that one program may have.
+    """
+
+    registers: int
+    step: int
+    warps: int
+    shared: int
+    overhead: int
+    largest: int
+
+
+_RDNA = Unit(registers=4 * 1536, step=24, warps=4 * 16, shared=128 << 10, overhead=0, largest=64 << 10)
+UNITS = {
+    "sm_80": Unit(registers=2048, step=8, warps=64, shared=164 << 10, overhead=1 << 10, largest=163 << 10),
+    "sm_89": Unit(registers=2048, step=8, warps=48, shared=100 << 10, overhead=1 << 10, largest=99 << 10),
+    "sm_90": Unit(registers=2048, step=8, warps=64, shared=228 << 10, overhead=1 << 10, largest=227 << 10),
+    "gfx1100": _RDNA,
+    "gfx1101": _RDNA,
+    "gfx1201": _RDNA,
+}
 
 
 @dataclass(frozen=True)
@@ -29,6 +60,15 @@ class MachineCode:
     def count(self, pattern: str) -> int:
         """Instructions that match a regular expression."""
         return len(re.findall(pattern, self.text))
+
+    def occupancy(self, architecture: str, num_warps: int) -> float:
+        """Estimated share of the warps that a unit can hold which are resident, 0 where not even one program fits."""
+        unit = UNITS[architecture]
+        per_warp = -(-self.registers // unit.step) * unit.step
+        by_registers = unit.registers // per_warp // num_warps
+        by_shared = unit.shared // (self.shared + unit.overhead) if self.shared + unit.overhead else unit.warps
+        fits = self.shared <= unit.largest
+        return min(by_registers, by_shared, unit.warps // num_warps) * num_warps / unit.warps if fits else 0.0
 
 
 def compile_ahead(
