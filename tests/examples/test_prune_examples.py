@@ -40,7 +40,7 @@ SERVE, GGUF = "prune_and_serve_int8.sh", "prune_to_gguf.sh"
 PROGRAMS = {"gemma4q": gemma4q, "gguf-mixed": gguf_mixed}
 RECORDER = '#!/bin/sh\nprintf "%s\\0" "$(basename "$0")" "$@" >> "$RECORD"; printf "\\n" >> "$RECORD"\n'
 CONVERTER = '#!/bin/sh\nprintf "%s\\0" python3 "$@" >> "$RECORD"; printf "\\n" >> "$RECORD"; touch "$6"\n'
-SMALL = {"KEEP": "12", "SAMPLES": "32", "LENGTH": "256", "REFIT_SAMPLES": "16", "OMP_NUM_THREADS": "1"}
+SMALL = {"KEEP": "12", "SAMPLES": "24", "LENGTH": "256", "REFIT_SAMPLES": "16", "OMP_NUM_THREADS": "1"}
 CONTEXT, CHUNKS = 128, 8
 BIN = Path(sys.executable).parent
 
@@ -105,7 +105,7 @@ def test_serving_commands_by_default(tmp_path: Path) -> None:
 def test_environment_chooses(tmp_path: Path) -> None:
     calls = recorded(tmp_path, SERVE, "m", "text", **SMALL, DEVICE="cuda")
     calibrate, prune, _ = understood(calls)
-    check(calibrate, samples=32, max_length=256, device="cuda")
+    check(calibrate, samples=24, max_length=256, device="cuda")
     check(prune, target=Path("m-12e"), keep=12, samples=16, device="cuda")
     assert calls[3:] == [["vllm", "serve", "m-12e-int8"]]
 
@@ -198,7 +198,7 @@ def test_a_pruned_int8_mixture_answers(served: str, small: Path) -> None:
     assert config["quantization_config"]["quant_method"] == "quark"
     assert {shape[0] for shape in router_shapes(small / "moe-12e-int8")} == {12}
     manifest = json.loads((small / "moe-12e" / MANIFEST).read_text())
-    assert manifest["details"]["refit"]["tokens"] == 16 * 1024
+    assert manifest["details"]["refit"]["samples"] == 16
     assert not (small / "moe-12e.work").exists()
 
 
@@ -239,7 +239,7 @@ def test_a_pruned_gguf_is_as_planned_and_runs(small: Path) -> None:
     model = read_inventory(output)
     assert model.headers[0].get("gemma4.expert_count") == 12
     matrix = read_imatrix(folder / "imatrix.gguf")
-    assert matrix.matches(model) == ()
+    assert matrix.matches(model) == ("token_embd.weight",)  # statistics hold what enters linears
     assert len(matrix.entries["blk.0.ffn_gate_up_exps.weight"].counts) == 12
     assert smaller.stat().st_size < output.stat().st_size < bf16.stat().st_size
 
