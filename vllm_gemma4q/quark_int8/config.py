@@ -16,6 +16,7 @@ from vllm.platforms import current_platform
 
 from vllm_gemma4q.architecture import parse_text_architecture
 from vllm_gemma4q.module_headers import relative_name
+from vllm_gemma4q.quark_int8 import lm_head
 from vllm_gemma4q.quark_int8.facts import Facts, disagreements, read_facts
 from vllm_gemma4q.quark_int8.headers import find_headers
 from vllm_gemma4q.quark_int8.mend import mend
@@ -81,6 +82,7 @@ class QuarkInt8Config(QuantizationConfig):
         """vLLM's or our method for a layer; None where vLLM's default for unquantized layers applies."""
         from vllm.model_executor.layers.fused_moe import RoutedExperts, UnquantizedFusedMoEMethod
         from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
         if isinstance(layer, RoutedExperts):
             from vllm_gemma4q.quark_int8.moe import int8_experts_method
@@ -90,6 +92,8 @@ class QuarkInt8Config(QuantizationConfig):
             from vllm_gemma4q.quark_int8.linear import int8_linear_method
 
             return int8_linear_method(self, layer) if self.is_int8(prefix) else UnquantizedLinearMethod()
+        if isinstance(layer, ParallelLMHead) and lm_head.is_wanted():
+            return lm_head.Int8LMHeadMethod()
         return None
 
     def get_name(self) -> str:

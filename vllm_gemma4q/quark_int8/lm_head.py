@@ -1,0 +1,41 @@
+"""The output layer in INT8, on demand: `GEMMA4Q_INT8_LM_HEAD=1` when serving a Quark INT8 checkpoint.
+
+Checkpoints keep it in BF16. Of the 26B-A4B's INT8 decoding, reading it is a third. Here it is quantized when it has
+been loaded, like every other linear: a scale a row, activations a token. Where it is tied to the embeddings those stay
+as they are, and the quantized copy takes half their size beside them. Logits come out in the activations' dtype.
+
+Divergence grows by what rounding this one matrix costs: see the tests. Not done: LoRA on the output layer.
+"""
+
+import os
+
+import torch
+from gemma4q_kernels.int8_scaled_mm import pack, quantize_per_channel
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
+
+VARIABLE = "GEMMA4Q_INT8_LM_HEAD"
+_ON, _OFF = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
+
+
+def is_wanted() -> bool:
+    """Whether the environment asks for it.
+
+    Raises:
+        ValueError: the variable says neither yes nor no.
+    """
+    value = os.environ.get(VARIABLE, "").lower()
+    if value not in (*_ON, *_OFF):
+        raise ValueError(f"{VARIABLE}: got {value!r}, expected 1 or 0")
+    return value in _ON
+
+
+class Int8LMHeadMethod(UnquantizedEmbeddingMethod):
+    """Loads like the unquantized layer, [vocabulary of this rank, hidden], and multiplies in INT8."""
+
+    def process_weights_after_loading(self, layer: ParallelLMHead) -> None:
+        weight = layer.weight.data
+        self._packed = pack(*quantize_per_channel(weight), out_dtype=weight.dtype)
+
+    def apply(self, layer: ParallelLMHead, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, hidden] -> [T, vocabulary of this rank]."""
+        return self._packed.linear(x, bias)
