@@ -6,7 +6,8 @@ The sum is an exact int32, the rest float32, cast at the end. Weights are [N, K]
 
     quantize.py   the two roundings            reference.py  oracle
     dispatch.py   which backend, and why       cpu.py        torch._int_mm, oneDNN through vLLM
-    problem.py    sizes, checks, epilogue      triton.py     GPUs (tiles.py: its tiles)
+    problem.py    sizes, checks, epilogue      triton.py     GPUs
+                                               tiles.py      its launch parameters, read from configs/
 
 Not done here: static activation scales, zero points, sums over K split among ranks.
 """

@@ -78,8 +78,8 @@ def scaled_mm_kernel(
     end_k = K
     if SPLIT_K > 1:
         part = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
-        start_k = tl.program_id(1) * part
-        end_k = tl.minimum(K, start_k + part)  # below start_k where nothing is left: the sums stay zero
+        start_k = tl.minimum(tl.program_id(1) * part, K)  # nothing is left for the last parts at times: zeros
+        end_k = tl.minimum(start_k + part, K)
 
     local_m = tl.arange(0, BLOCK_M)
     local_n = tl.arange(0, BLOCK_N)
