@@ -12,7 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gemma4q_kernels.int8_scaled_mm import linear, quantize_per_token, scaled_mm
 from gemma4q_kernels.int8_scaled_mm import triton as kernels
-from gemma4q_kernels.int8_scaled_mm.tiles import Tile
+from gemma4q_kernels.int8_scaled_mm.tiles import Tile, plan
+from gemma4q_kernels.support import architecture
 from tolerances import INT8_SCALED_MM, rms_error
 
 SHAPES = ((1, 63, 176), (63, 65, 352), (130, 131, 704), (17, 129, 64), (5, 7, 1))
@@ -61,9 +62,8 @@ def check_split(m: int, n: int, k: int, splits: int) -> None:
 
 def check_chosen_split() -> None:
     """What the tables choose for a decoding shape is divided, and right."""
-    architecture = kernels.architecture(torch.device("cpu"))
     m, n, k = 1, 96, 2816
-    assert kernels.table(architecture)[0].plan(m, n, k)[1] > 1
+    assert plan(architecture(torch.device("cpu")), m, n, k)[1] > 1
     check_scaled_mm(m, n, k)
 
 

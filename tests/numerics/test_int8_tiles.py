@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gemma4q_kernels.int8_scaled_mm.tiles import CONFIGS, OVERRIDE, load, nearest, packaged, table
+from gemma4q_kernels.int8_scaled_mm.tiles import CONFIGS, OVERRIDE, load, nearest, packaged, plan, table
 
 TILE = {"block_m": 16, "block_n": 32, "block_k": 64, "num_warps": 4, "num_stages": 2}
 VALID: dict[str, Any] = {
@@ -145,10 +145,12 @@ def test_strangers_borrow_a_table_and_say_so(architecture: str) -> None:
 
 
 def test_the_users_folder_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packaged_plan = plan("gfx1100", 1, 64, 5376)
     monkeypatch.setenv(OVERRIDE, str(tmp_path))
     path = write(tmp_path, VALID)
     found, reason = table("gfx1100")
     assert found == load(path) and str(path) in reason and OVERRIDE in reason
+    assert plan("gfx1100", 1, 64, 5376) == found.plan(1, 64, 5376) != packaged_plan
     assert table("sm_90")[1] == ""  # not in that folder: the packaged one
     write(tmp_path, {**VALID, "architecture": "gfx1102"}, "gfx1102")
     assert table("gfx1102")[0].architecture == "gfx1102"  # its own file goes before a relative's

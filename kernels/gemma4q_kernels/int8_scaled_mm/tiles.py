@@ -20,7 +20,7 @@ Not done here: measuring. Reading a file is cached for the life of the process.
 
 import datetime
 import os
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -197,3 +197,17 @@ def table(architecture: str) -> tuple[TileTable, str]:
         ValueError: GEMMA4Q_TILES names no folder; as `load`.
     """
     return _read(architecture, os.environ.get(OVERRIDE, ""))
+
+
+@lru_cache(maxsize=4096)
+def _plan(architecture: str, folder: str, m: int, n: int, k: int) -> tuple[Tile, int]:
+    return _read(architecture, folder)[0].plan(m, n, k)
+
+
+def plan(architecture: str, m: int, n: int, k: int) -> tuple[Tile, int]:
+    """`TileTable.plan` of the architecture's table, remembered: it is asked at every launch.
+
+    Raises:
+        ValueError: as `table`.
+    """
+    return _plan(architecture, os.environ.get(OVERRIDE, ""), m, n, k)

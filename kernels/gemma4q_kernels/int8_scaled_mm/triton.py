@@ -19,7 +19,7 @@ import triton.language as tl
 
 from gemma4q_kernels.int8_scaled_mm.problem import Problem
 from gemma4q_kernels.int8_scaled_mm.quantize import TOKEN_ABSMAX_MIN
-from gemma4q_kernels.int8_scaled_mm.tiles import Tile, table
+from gemma4q_kernels.int8_scaled_mm.tiles import Tile, plan
 from gemma4q_kernels.support import Support, architecture, no, triton_support
 
 _ABSMAX_MIN = tl.constexpr(TOKEN_ABSMAX_MIN)
@@ -191,7 +191,7 @@ def scaled_mm(
 ) -> torch.Tensor:
     """See `gemma4q_kernels.int8_scaled_mm.scaled_mm`."""
     (m, k), n = x_q.shape, w_q.shape[0]
-    tile, splits = table(architecture(w_q.device))[0].plan(m, n, k)
+    tile, splits = plan(architecture(w_q.device), m, n, k)
     return launch(x_q, x_scale, w_q, w_scale, bias, out_dtype, tile, splits)
 
 
