@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from prune_commands import gemma4q
+from prune_files import EXAMPLE
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 from small_gemma4 import corpus
@@ -32,3 +34,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def statistics_file(text, held_out, tmp_path_factory) -> Path:
+    """Of the small mixture, as the command writes it; two classes."""
+    path = tmp_path_factory.mktemp("statistics") / "statistics.safetensors"
+    texts = ["--text", text, "--text", held_out]
+    gemma4q("calibrate", EXAMPLE, path, *texts, "--samples", 8, "--max-length", 96)
+    return path

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -106,9 +107,10 @@ def command(
         found = None if statistics is None else read_statistics(statistics)
         chooser = Chooser(checkpoint, found, keep, _weights(class_weight or []), seed, top_k)
         _read_weights(chooser, recipe, *(compare or (chooser.available if evaluate else ())))
+    provenance = _provenance(chooser, recipe, drop_map, statistics, spread)
     if scores_only:
         assert chooser is not None
-        _scores(chooser, recipe, plot, drop_map_output, as_json)
+        _scores(chooser, recipe, plot, drop_map_output, as_json, provenance)
         return
     run = Text(samples, max_length, raw, device, dtype, parse_size(activations_limit))
     model = PrunedModel(checkpoint, run, text or [], options)
@@ -123,7 +125,6 @@ def command(
         print_verdicts(verdicts, retained, as_json)
     if plot is not None and chooser is not None:
         plot_scores(plot, recipe, chooser.scores(recipe), retained)
-    provenance = _provenance(chooser, recipe, drop_map, statistics, spread)
     if drop_map_output is not None:
         write_drop_map(drop_map_output, retained, {**provenance, "overlap": _overlaps(chooser, retained)})
     if evaluate or target is None:
@@ -212,13 +213,20 @@ def _retained(
     return chooser.uniform(recipe) if model is None else model.spread(chooser, recipe)
 
 
-def _scores(chooser: Chooser, recipe: str, plot: Path | None, drop_map_output: Path | None, as_json: bool) -> None:
+def _scores(
+    chooser: Chooser,
+    recipe: str,
+    plot: Path | None,
+    drop_map_output: Path | None,
+    as_json: bool,
+    provenance: Mapping[str, Any],
+) -> None:
     scores, retained = chooser.scores(recipe), chooser.uniform(recipe)
     if plot is not None:
         plot_scores(plot, recipe, scores, retained)
     shared = _overlaps(chooser, retained)
     if drop_map_output is not None:
-        write_drop_map(drop_map_output, retained, {"recipe": recipe, "overlap": shared})
+        write_drop_map(drop_map_output, retained, {**provenance, "overlap": shared})
     report = scores_report(recipe, scores, retained, shared)
     print(json.dumps(report)) if as_json else print_scores(report)
 

@@ -7,10 +7,10 @@ r [hidden]:
 
     dW = argmin sum_t |r_t - g_t dW a_t|^2 + ridge |dW|^2,    r_t <- r_t - g_t dW a_t
 
-The ridge is `RIDGE` times the mean diagonal of sum g^2 a a^T, so that an expert few tokens reach hardly moves. No
-gradients, no steps to tune; later layers see, and mend, what earlier ones left. Text comes from the user and should be
-what the model is for. The result lies in the work folder, one file a layer, in the source's dtype, and is resumable at
-layer boundaries.
+The ridge is a share of the mean diagonal of sum g^2 a a^T: `RIDGE`, and on top `RIDGE_OF_FEW` x width / tokens, so that
+an expert few tokens reach hardly moves (without it, a short text does more harm than good). No gradients, no steps to
+tune; later layers see, and mend, what earlier ones left. Text comes from the user and should be what the model is for.
+The result lies in the work folder, one file a layer, in the source's dtype, and is resumable at layer boundaries.
 
 Cf. weight updates of OBS pruning (Hassibi 1993) and SparseGPT (arXiv 2301.00774); here whole experts are pruned.
 """
@@ -32,7 +32,7 @@ from vllm_gemma4q.checkpoint.header import read_header
 from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.pruned_moe.streams import Progress, Variant
 
-RIDGE = 0.1
+RIDGE, RIDGE_OF_FEW = 0.1, 8.0
 PASSES = 3  # of a layer: unpruned, pruned, pruned with what was found
 _STREAMS = ("unpruned", "pruned")
 _STORED = r"\.experts\.(?:0\.)?down_proj(?:\.weight)?$"
@@ -220,7 +220,7 @@ def refit(experts: Experts, seen: Seen, kept: Sequence[int]) -> bool:
 def _solve(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
     """Ridge regression: [width, hidden] float32 of inputs [T, width] on outputs [T, hidden]."""
     gram = (inputs.T @ inputs).double()
-    ridge = RIDGE * gram.diagonal().mean()
+    ridge = (RIDGE + RIDGE_OF_FEW * inputs.shape[1] / len(inputs)) * gram.diagonal().mean()
     if not bool(ridge > 0):
         return torch.zeros(inputs.shape[1], outputs.shape[1], device=inputs.device)
     gram.diagonal().add_(ridge)
