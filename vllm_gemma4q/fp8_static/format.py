@@ -35,7 +35,6 @@ from typing import Any
 METHOD = "fp8"
 WEIGHT_DTYPE = "F8_E4M3"
 SCALE_DTYPE = "F32"
-WEIGHT_SCALE = "weight_scale"
 INPUT_SCALE = "input_scale"
 MAX = 448.0
 MIN_NORMAL = 2.0**-6

@@ -9,6 +9,7 @@ from typing import Self
 
 import torch
 
+from vllm_gemma4q.calibration.weights import TORCH_DTYPES
 from vllm_gemma4q.checkpoint.direct_io import DirectReader, aligned_buffer
 from vllm_gemma4q.checkpoint.header import DTYPE_BYTES
 from vllm_gemma4q.checkpoint.rewrite import Progress
@@ -16,7 +17,6 @@ from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.fp8_static.magnitudes import Magnitudes, WeightCounter
 from vllm_gemma4q.linears import Linear
 
-_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _BLOCK_BYTES = 4 << 20
 
 
@@ -41,7 +41,7 @@ def n_bytes(linear: Linear) -> int:
 
 
 def _count(linear: Linear, reader: "_Reader", progress: Progress) -> Magnitudes:
-    dtype = _DTYPES[linear.tensor.dtype]
+    dtype = TORCH_DTYPES[linear.tensor.dtype]
     counter = WeightCounter(dtype)
     for data in reader.blocks(linear):
         try:

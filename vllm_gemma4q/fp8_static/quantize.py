@@ -30,7 +30,6 @@ from vllm_gemma4q.fp8_static.format import (
     MAX,
     SCALE_DTYPE,
     WEIGHT_DTYPE,
-    WEIGHT_SCALE,
     Granularity,
     quantization_config,
     weight_scale_shape,
@@ -40,6 +39,7 @@ from vllm_gemma4q.fp8_static.measure import n_bytes
 from vllm_gemma4q.fp8_static.scales import SMALLEST_SCALE, Rule
 from vllm_gemma4q.fp8_static.weights import WeightScale, weight_scales
 from vllm_gemma4q.linears import Linear, linears_of, unquantized_linears
+from vllm_gemma4q.module_headers import WEIGHT_SCALE
 from vllm_gemma4q.summary import summarize
 
 SCHEME = "fp8-static"
