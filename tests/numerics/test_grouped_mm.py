@@ -78,6 +78,18 @@ def test_oracle_is_the_definition() -> None:
     assert got.tolist()[0] == pytest.approx([0.5 * 127 * 1524, 0.5 * -640 * 1524], rel=1e-6)
 
 
+def test_an_unused_slot_is_no_expert_of_a_rank() -> None:
+    """-1 is not the last entry of the map."""
+    layer = experts(2)
+    hidden, weights, ids = routed(5, 6)
+    expert_map = torch.tensor([-1, -1, -1, 0, -1, 1])
+    unused = torch.where(torch.arange(TOP_K) == 1, -1, ids)
+    for run_layer in (reference.moe_int8, grouped_mm.moe_int8):
+        got = run_layer(hidden, *layer, weights, unused, "gelu_tanh", expert_map)
+        without = run_layer(hidden, *layer, weights[:, ::2], ids[:, ::2], "gelu_tanh", expert_map)
+        assert torch.equal(got, without) and got.any()
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_ranks_of_expert_parallelism_add_up(form: str) -> None:
     layer = experts(6)
@@ -126,6 +138,10 @@ def test_refusals() -> None:
         grouped_mm.moe_int8(hidden, *layer, weights, ids)
     with pytest.raises(ValueError, match="activation: got 'relu'"):
         grouped_mm.moe_int8(hidden, *layer, weights, ids % 2, "relu")
+    with pytest.raises(ValueError, match="triton: triton launches on GPUs"):
+        grouped_mm.moe_int8(hidden, *layer, weights, ids % 2, backend="triton")
+    with pytest.raises(ValueError, match="backend: got 'fastest'"):
+        grouped_mm.moe_int8(hidden, *layer, weights, ids % 2, backend="fastest")
     with pytest.raises(ValueError, match=r"w2_q: got \(2, 176, 87\)"):
         grouped_mm.moe_int8(hidden, *layer[:2], layer[2][..., 1:], layer[3], weights, ids % 2)
     with pytest.raises(ValueError, match=r"w13_scale: got torch.float32 \(2, 175\)"):

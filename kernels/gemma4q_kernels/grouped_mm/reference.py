@@ -28,7 +28,7 @@ def moe_int8(
         x = _quantized(hidden[token])
         for slot in range(topk_ids.shape[1]):
             expert = int(topk_ids[token, slot])
-            if expert_map is not None:
+            if expert_map is not None and expert >= 0:
                 expert = int(expert_map[expert])
             if expert < 0:
                 continue
