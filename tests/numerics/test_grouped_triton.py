@@ -12,12 +12,10 @@ from gemma4q_kernels.grouped_mm import tiles
 from gemma4q_kernels.grouped_mm.triton import grouped_mm_kernel, sum_slots_kernel
 from gemma4q_kernels.grouped_mm.triton_routing import CHUNK, STEP, count_kernel, most_blocks, place_kernel
 from gemma4q_kernels.int8_scaled_mm.tiles import Row, Tile, packaged
-from machine_code import MachineCode, compile_ahead
+from machine_code import UNITS, MachineCode, compile_ahead
 
-SHARED_LIMIT = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10} | dict.fromkeys(
-    ("gfx1100", "gfx1101", "gfx1201"), 64 << 10
-)
 WMMA, COPY = r"v_wmma_i32_16x16x16_iu8", r"(?:global|buffer)_load_b128"
+BYTE_LOAD = r"LDG\.E\.[US]8|(?:global|buffer)_load_(?:d16_)?(?:hi_)?[ui]8"
 MATRIX = {"sm_80": r"\bIMMA\.", "sm_89": r"\bIMMA\.", "sm_90": r"\bIG?MMA\b"}
 WIDE_LOAD = dict.fromkeys(MATRIX, r"LDGSTS\.E\S*\.128")
 FAST = ("sm_90", "gfx1100")
@@ -69,8 +67,9 @@ def test_every_tile(architecture: str, row: Row, k: int) -> None:
     if architecture == "sm_90" and row.tile.block_m >= 64:
         assert code.count(r"\bIGMMA\b") > 0  # of a whole warp group; smaller blocks have none
     assert code.count(WIDE_LOAD.get(architecture, COPY)) > 0
+    assert code.count(BYTE_LOAD) == 0
     assert code.spills == 0
-    assert 0 < code.shared <= SHARED_LIMIT[architecture]
+    assert 0 < code.shared <= UNITS[architecture].largest
 
 
 def test_control_too_few_registers_spill() -> None:
@@ -81,7 +80,8 @@ def test_control_too_few_registers_spill() -> None:
 
 def test_control_unaligned_arguments_lose_the_wide_loads() -> None:
     tile = tiles.table("gfx1100").rows[0].tile
-    assert grouped_mm_code("gfx1100", tile, 704, aligned=False).count(COPY) == 0
+    code = grouped_mm_code("gfx1100", tile, 704, aligned=False)
+    assert code.count(COPY) == 0 and code.count(BYTE_LOAD) > 0
 
 
 @pytest.mark.parametrize(

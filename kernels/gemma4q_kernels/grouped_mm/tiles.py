@@ -9,7 +9,7 @@ agree in `block_m`, whatever their limits on N and K.
 """
 
 import os
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from gemma4q_kernels.int8_scaled_mm.tiles import OVERRIDE, Tile, TileTable, load, nearest
@@ -48,7 +48,12 @@ def plan(architecture: str, pairs: int, w13: tuple[int, int], w2: tuple[int, int
     Raises:
         ValueError: a file that deviates from the format, or whose rows disagree in `block_m`.
     """
-    tiles = table(architecture)
+    return _plan(architecture, os.environ.get(OVERRIDE, ""), pairs, w13, w2)
+
+
+@lru_cache(maxsize=4096)
+def _plan(architecture: str, folder: str, pairs: int, w13: tuple[int, int], w2: tuple[int, int]) -> tuple[Tile, Tile]:
+    tiles = _read(architecture, folder)
     first, second = (tiles.plan(pairs, *shape)[0] for shape in (w13, w2))
     if first.block_m != second.block_m:
         raise ValueError(
