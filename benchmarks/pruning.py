@@ -6,9 +6,10 @@ Texts are of four classes: a Python manual, and chats about numbers, about words
 recipes and the refit see training text, cut and put into the chat template as the command does by default; divergence
 (mean KLD in nats over the whole vocabulary from the unpruned model, all in float32) is measured on held-out text: half
 of it manual and half chats framed the same way, and apart from that chats as they really are, a sample each. Intervals
-are 95%, by sample; those of ratios are paired. Random choices are many, and shown with their range.
+are 95%, by sample; those of ratios are paired. Random choices are many, and shown with their range. What these leave
+out is that other training text chooses other experts: so the contenders are also judged over several draws of it.
 
-Knobs (shared boost, soft transfer, fewer experts a token) are judged in transformers, on checkpoints that were written.
+Knobs (shared boost, soft transfer, fewer experts a token) are judged the same way, before a refit and with one.
 Goal: at 25%, the default at most 0.8 times the divergence of v3 and of REAP. Results go to benchmarks/results/.
 """
 
@@ -22,18 +23,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib import metadata
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, Gemma4ForConditionalGeneration
+from transformers import AutoTokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
-from small_gemma4 import batches, chats, corpus  # noqa: E402
+from pruning_plot import plot  # noqa: E402
+from pruning_texts import MODEL, TOKENS, distinct_chats, training_sections, write_texts  # noqa: E402
+from small_gemma4 import batches, corpus  # noqa: E402
 
 from gguf_mixed.drop_map import RetainedExperts  # noqa: E402
 from vllm_gemma4q.calibration.calibrate import Calibration, calibrate  # noqa: E402
@@ -41,70 +43,33 @@ from vllm_gemma4q.calibration.decoder import Decoder  # noqa: E402
 from vllm_gemma4q.calibration.statistics import Array, read_statistics  # noqa: E402
 from vllm_gemma4q.calibration.texts import Samples, load_samples  # noqa: E402
 from vllm_gemma4q.checkpoint import open_checkpoint  # noqa: E402
-from vllm_gemma4q.checkpoint.convert import convert  # noqa: E402
 from vllm_gemma4q.commands.model import Device, Dtype  # noqa: E402
-from vllm_gemma4q.commands.prune_model import PrunedModel, Text  # noqa: E402
+from vllm_gemma4q.commands.prune_model import REFIT, PrunedModel, Text  # noqa: E402
 from vllm_gemma4q.pruned_moe.choose import DEFAULT, QUOTA, RANDOM, Chooser  # noqa: E402
-from vllm_gemma4q.pruned_moe.judge import CONFIDENCE, Verdict, judge  # noqa: E402
+from vllm_gemma4q.pruned_moe.judge import CONFIDENCE, judge  # noqa: E402
 from vllm_gemma4q.pruned_moe.knobs import Options  # noqa: E402
-from vllm_gemma4q.pruned_moe.prune import plan  # noqa: E402
 from vllm_gemma4q.pruned_moe.scores import RECIPES  # noqa: E402
 from vllm_gemma4q.pruned_moe.streams import Variant  # noqa: E402
 from vllm_gemma4q.pruned_moe.weight_scores import WEIGHT_RECIPES  # noqa: E402
 
-MODEL = ROOT / "examples" / "small_gemma4" / "moe"
 RESULTS = ROOT / "benchmarks" / "results" / "pruning.json"
 KEEPS = {"25%": 12, "50%": 8}  # of 16
 NAMES = (*RECIPES, QUOTA, *WEIGHT_RECIPES)
 SEEDS = 8
-TOPICS = {
-    "numbers": {"arithmetic", "comparison", "counting"},
-    "knowledge": {"words", "facts", "system", "calendar"},
-    "turns": {"recall"},
-}
-CHATS = {True: 2000, False: 14000}  # drawn, held out or not; fewer are distinct
-TOKENS = {True: 1200, False: 6800}  # of each class of chats: of one, no more are held out
+SPREAD = f"{DEFAULT}, spread"
+REFITTED = (DEFAULT, SPREAD, "v3", "reap")
+CONTENDERS = ("v3", "v4", "v5-coder", "reap", "contribution", "easy-ep", "probability", "quota")
+DRAWS = 5
 LENGTH, SAMPLES = 96, 78  # to calibrate, to refit and to judge
-REFIT_SAMPLES = (24, 54, 108, 210, 420)
+REFIT_SAMPLES = (24, 54, 108, 210)
 REAL_CHATS = 40  # of each class
 KNOBS = {
     "shared boost 1.2": Options(shared_boost=1.2),
     "soft transfer 0.3": Options(soft_transfer=0.3),
     "top_k 3": Options(top_k=3),
 }
-AS_WRITTEN = "none"
-SAME = 1e-4  # nats a position, of the mask in `judge` and of the checkpoint in transformers
 LIMIT = 4 << 30
 GOAL = 0.8
-
-
-def chat_text(chat: chats.Chat) -> str:
-    return "\n".join(message["content"] for message in chat.messages)
-
-
-def distinct_chats(held_out: bool, count: int) -> dict[str, list[chats.Chat]]:
-    """By class, the chats that differ among `count` of one split."""
-    found: dict[str, dict[str, chats.Chat]] = {name: {} for name in TOPICS}
-    for chat in islice(chats.generate(seed=2, held_out=held_out), count):
-        for name, topics in TOPICS.items():
-            if chat.topic in topics:
-                found[name][repr(chat.messages)] = chat
-    return {name: list(group.values()) for name, group in found.items()}
-
-
-def write_texts(
-    folder: Path, sections: Sequence[str], groups: Mapping[str, Sequence[chats.Chat]], tokens: int
-) -> list[Path]:
-    """One file a class: so many tokens of each kind of chats, and of the manual, the first, as many as of all chats."""
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    texts = {"manual": "\n\n".join(sections)}
-    texts |= {name: "\n\n".join(map(chat_text, group)) for name, group in groups.items()}
-    folder.mkdir()
-    for name, text in texts.items():
-        ids, size = tokenizer.encode(text, add_special_tokens=False), tokens * (1 if name in groups else len(groups))
-        assert len(ids) >= size, (name, len(ids))
-        (folder / f"{name}.txt").write_text(tokenizer.decode(ids[:size]), encoding="utf-8")
-    return [folder / f"{name}.txt" for name in texts]
 
 
 @dataclass
@@ -113,28 +78,26 @@ class Bench:
 
     Attributes:
         work: an empty folder.
+        draw: which of the training text.
     """
 
     work: Path
+    draw: int = 0
 
     def __post_init__(self) -> None:
         self.source = open_checkpoint(MODEL)
         self.decoder = Decoder(self.source, torch.float32)
+        self.work.mkdir()
         tokenizer = AutoTokenizer.from_pretrained(MODEL)
-        seen, unseen = (distinct_chats(held_out, CHATS[held_out]) for held_out in (False, True))
-        self.training = write_texts(self.work / "training", corpus.training_sections(), seen, TOKENS[False])
+        seen, unseen = distinct_chats(False, self.draw), distinct_chats(True)
+        self.training = write_texts(self.work / "training", training_sections(self.draw), seen, TOKENS[False])
         held_out = write_texts(self.work / "held-out", corpus.held_out_sections(), unseen, TOKENS[True])
         self.held_out = self.samples(held_out)
-        self.real = [
-            batches.encode_chat(chat, tokenizer)[0] for group in unseen.values() for chat in group[:REAL_CHATS]
-        ]
+        real = [chat for group in unseen.values() for chat in group[:REAL_CHATS]]
+        self.real = [batches.encode_chat(chat, tokenizer)[0] for chat in real]
 
     def samples(self, paths: list[Path], count: int = SAMPLES) -> Samples:
         return load_samples(MODEL, paths, count, LENGTH)
-
-    def pruned_model(self, count: int = SAMPLES) -> PrunedModel:
-        run = Text(count, LENGTH, False, Device.CPU, Dtype.FLOAT32, LIMIT)
-        return PrunedModel(self.source, run, self.training)
 
     @cached_property
     def statistics(self) -> Any:
@@ -145,50 +108,46 @@ class Bench:
     def level(self, keep: int) -> dict[str, Any]:
         """Every figure of one number of experts."""
         candidates = {f"{RANDOM} {seed}": self._chooser(keep, seed).uniform(RANDOM) for seed in range(SEEDS)}
-        chooser, model = self._chooser(keep), self.pruned_model()
-        candidates |= {name: chooser.uniform(name) for name in NAMES}
-        candidates[f"{DEFAULT}, spread"] = model.spread(chooser, DEFAULT)
+        candidates |= self._candidates(keep)
         variants = {name: Variant(retained) for name, retained in candidates.items()}
-        for name in (DEFAULT, f"{DEFAULT}, spread", "v3", "reap", f"{RANDOM} 0"):
-            variants[f"{name} + refit"] = self._refitted(candidates[name], keep)
-        sweep = {}
-        for count in REFIT_SAMPLES:
-            sweep[f"refit {count}"] = self._refitted(candidates[DEFAULT], keep, count)
-        found = Judged(self, {**variants, **sweep})
+        variants |= {name + REFIT: self._refitted(candidates[name]) for name in REFITTED}
+        more = {f"refit {count}": self._refitted(candidates[DEFAULT], count) for count in REFIT_SAMPLES}
+        for name, options in KNOBS.items():
+            more[name] = Variant(candidates[DEFAULT], options=options)
+            more[name + REFIT] = self._refitted(candidates[DEFAULT], options=options)
+        found = Judged(self, {**variants, **more})
         return {
             "experts": keep,
-            "spread": list(candidates[f"{DEFAULT}, spread"].counts),
-            "recipes": {name: found.row(name) for name in variants if name.removeprefix(f"{RANDOM} ") == name},
+            "spread": list(candidates[SPREAD].counts),
+            "recipes": {name: found.row(name) for name in variants if not name.startswith(RANDOM)},
             RANDOM: found.random(),
-            "random 0 + refit": found.row(f"{RANDOM} 0 + refit"),
             "refit by tokens": {
                 self.samples(self.training, count).n_tokens: found.row(f"refit {count}") for count in REFIT_SAMPLES
             },
-            "knobs": self._knobs(candidates[DEFAULT], keep, found.framed[DEFAULT]),
+            "knobs": {name + refit: found.knob(name, refit) for name in KNOBS for refit in ("", REFIT)},
         }
+
+    def contenders(self, keep: int) -> dict[str, float]:
+        """Divergence over v3's, of what was chosen and refitted on this draw of text."""
+        candidates = self._candidates(keep)
+        variants = {name: Variant(candidates[name]) for name in (*CONTENDERS, SPREAD)}
+        variants |= {name + REFIT: self._refitted(candidates[name]) for name in REFITTED}
+        found = judge(self.decoder, self.held_out.ids, variants, LIMIT)
+        return {name: verdict.mean / found["v3"].mean for name, verdict in found.items()}
+
+    def _candidates(self, keep: int) -> dict[str, RetainedExperts]:
+        chooser, run = self._chooser(keep), Text(SAMPLES, LENGTH, False, Device.CPU, Dtype.FLOAT32, LIMIT)
+        spread = PrunedModel(self.source, run, self.training).spread(chooser, DEFAULT)
+        return {**{name: chooser.uniform(name) for name in NAMES}, SPREAD: spread}
 
     def _chooser(self, keep: int, seed: int = 0) -> Chooser:
         return Chooser(self.source, self.statistics, keep, seed=seed)
 
-    def _refitted(self, retained: RetainedExperts, keep: int, count: int = SAMPLES) -> Variant:
-        folder = Path(tempfile.mkdtemp(prefix=f"refit-{keep}-", dir=self.work))
-        return Variant(retained, self.pruned_model(count).refit(retained, folder).tensors)
-
-    def _knobs(self, retained: RetainedExperts, keep: int, judged: Verdict) -> dict[str, Any]:
-        """Divergence of written checkpoints; the one without a knob must be what masking the router gave."""
-        ids = self.held_out.ids
-        expected = log_probabilities(MODEL, ids)
-        found = {}
-        for name, options in {AS_WRITTEN: Options(), **KNOBS}.items():
-            target = self.work / f"{keep} experts, {name}"
-            convert(plan(self.source, retained, options), target, ["benchmarks/pruning.py"], lambda n_bytes: None)
-            got = log_probabilities(target, ids)
-            found[name] = np.array([divergence(*pair) for pair in zip(expected, got, strict=True)])
-        assert float(np.abs(found[AS_WRITTEN] - judged.by_sample).max()) < SAME
-        return {
-            name: {**mean_of(by_sample), "over none": ratio(by_sample, found[AS_WRITTEN])}
-            for name, by_sample in found.items()
-        }
+    def _refitted(self, retained: RetainedExperts, count: int = SAMPLES, options: Options | None = None) -> Variant:
+        run, chosen = Text(count, LENGTH, False, Device.CPU, Dtype.FLOAT32, LIMIT), options or Options()
+        folder = Path(tempfile.mkdtemp(prefix="refit-", dir=self.work))
+        weights = PrunedModel(self.source, run, self.training, chosen).refit(retained, folder)
+        return Variant(retained, weights.tensors, chosen)
 
 
 class Judged:
@@ -210,6 +169,11 @@ class Judged:
             **{f"over {other}": ratio(verdict.by_sample, self.framed[other].by_sample) for other in ("v3", "reap")},
         }
 
+    def knob(self, name: str, refit: str) -> dict[str, Any]:
+        """A knob beside the same prune, refitted or not, without it."""
+        without = self.framed[DEFAULT + refit]
+        return {**self.row(name + refit), "over none": ratio(self.framed[name + refit].by_sample, without.by_sample)}
+
     def random(self) -> dict[str, Any]:
         """Mean and range over seeds."""
         rows = [self.row(f"{RANDOM} {seed}") for seed in range(SEEDS)]
@@ -224,6 +188,10 @@ def mean_of(by_sample: Array) -> dict[str, float]:
     return {"mean": float(by_sample.mean()), "half_width": width}
 
 
+def geometric_mean(values: Sequence[float]) -> float:
+    return float(np.exp(np.log(values).mean()))
+
+
 def ratio(mine: Array, other: Array) -> dict[str, float]:
     """Of two means over the same samples, with its 95% interval (delta method)."""
     found = float(mine.mean() / other.mean())
@@ -231,72 +199,64 @@ def ratio(mine: Array, other: Array) -> dict[str, float]:
     return {"ratio": found, "half_width": CONFIDENCE * spread / float(other.mean())}
 
 
-@torch.no_grad()
-def log_probabilities(folder: Path, samples: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Of a checkpoint in transformers: float64 [tokens, vocabulary] of each sample."""
-    model = Gemma4ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    return [model(input_ids=torch.tensor([list(ids)])).logits[0].double().log_softmax(-1) for ids in samples]
+def over_draws(work: Path) -> dict[str, dict[str, Any]]:
+    """By level and contender: divergence over v3's, the geometric mean over draws and each."""
+    found: dict[str, list[dict[str, float]]] = {label: [] for label in KEEPS}
+    for draw in range(DRAWS):
+        bench = Bench(work / f"draw-{draw}", draw)
+        for label, keep in KEEPS.items():
+            found[label].append(bench.contenders(keep))
+    table: dict[str, dict[str, Any]] = {}
+    for label, rows in found.items():
+        print(f"\n{label} of the experts go: over v3, geometric mean and range of {DRAWS} draws of training text")
+        each = {name: [row[name] for row in rows] for name in rows[0]}
+        table[label] = {name: {"mean": geometric_mean(values), "each": values} for name, values in each.items()}
+        for name, row in sorted(table[label].items(), key=lambda item: item[1]["mean"]):
+            print(f"{name:32} {row['mean']:.3f}, {min(row['each']):.3f} to {max(row['each']):.3f}", flush=True)
+    return table
 
 
-def divergence(p: torch.Tensor, q: torch.Tensor) -> float:
-    """Mean KLD in nats of two tables of log-probabilities [tokens, vocabulary]."""
-    return float((p.exp() * (p - q)).sum(-1).mean())
-
-
-def goals(level: Mapping[str, Any]) -> dict[str, Any]:
-    """The default, with and without refit, beside what it has to beat."""
-    rows = {name: level["recipes"][name] for name in (f"{DEFAULT} + refit", DEFAULT)}
+def goals(level: Mapping[str, Any], draws: Mapping[str, Any]) -> dict[str, Any]:
+    """The default, with and without refit, beside what it has to beat: here, and over all draws."""
     return {
-        f"{name} over {other}": {**row[f"over {other}"], "allowed": GOAL}
-        for name, row in rows.items()
+        f"{name} over {other}": {
+            **level["recipes"][name][f"over {other}"],
+            "over draws": draws[name]["mean"] / draws[other]["mean"],
+            "allowed": GOAL,
+        }
+        for name in (DEFAULT + REFIT, DEFAULT)
         for other in ("v3", "reap")
     }
+
+
+def shown(found: Mapping[str, float]) -> str:
+    return f"{found['ratio']:.3f}+-{found['half_width']:.3f}"
 
 
 def show(label: str, level: Mapping[str, Any]) -> None:
     print(f"\n{label} of the experts go, {level['experts']} stay; spread: {level['spread']}")
     for name, row in sorted(level["recipes"].items(), key=lambda item: item[1]["mean_kld"]):
         parts = "  ".join(f"{key} {row[key]['mean']:.4f}" for key in ("manual", "chats", "real chats"))
-        over = "  ".join(
-            f"{row[f'over {other}']['ratio']:.3f}+-{row[f'over {other}']['half_width']:.3f} of {other}"
-            for other in ("v3", "reap")
-        )
-        print(f"{name:32} {row['mean_kld']:.4f}+-{row['half_width']:.4f}  {parts}  {over}")
+        found = f"{row['mean_kld']:.4f}+-{row['half_width']:.4f}  {parts}"
+        print(f"{name:32} {found}  {shown(row['over v3'])} of v3  {shown(row['over reap'])} of reap")
     row = level[RANDOM]
     print(f"{RANDOM:32} {row['mean_kld']:.4f}, {row['lowest']:.4f} to {row['highest']:.4f}")
     for tokens, row in level["refit by tokens"].items():
         print(f"refit on {tokens} tokens: {row['mean_kld']:.4f}+-{row['half_width']:.4f}")
     for name, row in level["knobs"].items():
-        over = row["over none"]
-        print(f"{name:20} {row['mean']:.4f}, {over['ratio']:.3f}+-{over['half_width']:.3f} of none")
-
-
-def plot(levels: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Bars with intervals, the best on top; for random choices, their range."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 6.5), layout="constrained")
-    for axes, (label, level) in zip(figure.subplots(1, len(levels)), levels.items(), strict=True):
-        bars = {name: (row["mean_kld"], row["half_width"], row["half_width"]) for name, row in level["recipes"].items()}
-        mean, low, high = (level[RANDOM][key] for key in ("mean_kld", "lowest", "highest"))
-        bars[f"{RANDOM}, {SEEDS} seeds (range)"] = (mean, mean - low, high - mean)
-        names = sorted(bars, key=lambda name: -bars[name][0])
-        colors = ["tab:green" if "refit" in name else "tab:gray" if RANDOM in name else "tab:blue" for name in names]
-        means, below, above = zip(*(bars[name] for name in names), strict=True)
-        axes.barh(names, means, xerr=(below, above), color=colors, capsize=2)
-        allowed = GOAL * min(level["recipes"][other]["mean_kld"] for other in ("v3", "reap"))
-        axes.axvline(allowed, color="black", linestyle="--", linewidth=1, label=f"{GOAL} x the better of v3, reap")
-        axes.set(title=f"{label} of the experts dropped", xlabel="mean KLD from the unpruned model, nats")
-        axes.legend(loc="upper right")
-    figure.savefig(path, dpi=110)
+        print(f"{name:32} {row['mean_kld']:.4f}, {shown(row['over none'])} of none")
 
 
 def main() -> None:
     torch.set_num_threads(1)
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as work:
-        bench = Bench(Path(work))
-        levels = {label: bench.level(keep) for label, keep in KEEPS.items()}
+        bench = Bench(Path(work) / "all")
+        levels: dict[str, dict[str, Any]] = {}
+        for label, keep in KEEPS.items():
+            levels[label] = bench.level(keep)
+            show(label, levels[label])
+        draws = over_draws(Path(work))
         document = {
             "date": datetime.date.today().isoformat(),
             "machine": platform.machine(),
@@ -311,14 +271,13 @@ def main() -> None:
             },
             "knobs": {name: asdict(options) for name, options in KNOBS.items()},
             "seconds": round(time.perf_counter() - started),
-            "goals": {label: goals(level) for label, level in levels.items()},
+            "goals": {label: goals(level, draws[label]) for label, level in levels.items()},
+            "over v3, by draw of training text": draws,
             "levels": levels,
         }
-    for label, level in levels.items():
-        show(label, level)
     print(json.dumps(document["goals"], indent=1))
     RESULTS.write_text(json.dumps(document, indent=1) + "\n")
-    plot(levels, RESULTS.with_suffix(".png"))
+    plot(levels, RESULTS.with_suffix(".png"), GOAL)
 
 
 if __name__ == "__main__":
