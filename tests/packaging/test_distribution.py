@@ -36,6 +36,11 @@ def test_wheel_has_every_module(wheel):
     assert modules <= set(wheel.namelist())
 
 
+def test_wheel_has_every_tile_table(wheel):
+    tables = {str(path.relative_to(ROOT / "kernels")) for path in (ROOT / "kernels").rglob("configs/*.json")}
+    assert tables and tables <= set(wheel.namelist())
+
+
 def test_wheel_declares_plugins_and_commands(wheel):
     name = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
     text = wheel.read(name).decode()
