@@ -18,7 +18,6 @@ import json
 import platform
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -249,7 +248,6 @@ def show(label: str, level: Mapping[str, Any]) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    started = time.perf_counter()
     with tempfile.TemporaryDirectory() as work:
         bench = Bench(Path(work) / "all")
         levels: dict[str, dict[str, Any]] = {}
@@ -270,7 +268,6 @@ def main() -> None:
                 "their positions": sum(map(len, bench.real)),
             },
             "knobs": {name: asdict(options) for name, options in KNOBS.items()},
-            "seconds": round(time.perf_counter() - started),
             "goals": {label: goals(level, draws[label]) for label, level in levels.items()},
             "over v3, by draw of training text": draws,
             "levels": levels,
