@@ -25,7 +25,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 
-from calibration import checkpoint_config  # noqa: E402
+from calibration_cost import checkpoint_config  # noqa: E402
 from synthetic import write_checkpoint  # noqa: E402
 
 PROMPT, SHORT, SEQUENCES, GOAL = 16, 4, (1, 16), 1.6
