@@ -1,6 +1,6 @@
 """How much memory and time `gemma4q calibrate` takes, beside the whole model in transformers and its offload to disk.
 
-    .venv/bin/python benchmarks/calibration_cost.py [--layers 5] [--samples 2 6] [--length 1024] [--threads 2] [--work DIR]
+    .venv/bin/python benchmarks/calibration_cost.py [--layers 5] [--samples 2 6] [--length 1024] [--threads 2]
 
 One checkpoint with the layer sizes of Gemma 4 31B (the default: 5 GB) and random weights, tokens of the small models'
 text. Each contestant is a process of its own, run with two numbers of samples: the difference is what samples take,
