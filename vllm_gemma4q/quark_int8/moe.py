@@ -1,4 +1,4 @@
-"""Experts: vLLM's INT8 method where it has one for Gemma 4, ours on a CPU.
+"""Experts: vLLM's INT8 method where it has one for Gemma 4 (its kernels or ours: `kernels.py`), ours on a CPU.
 
 vLLM 0.32's only INT8 experts for CPUs know SiLU; Gemma 4 is gated by GELU (tanh). A backend that the user asked
 for (`--moe-backend`) is always vLLM's to grant or refuse.
@@ -19,6 +19,7 @@ from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
 from vllm_gemma4q.moe_method import OwnMoEMethod
+from vllm_gemma4q.quark_int8 import kernels
 
 
 def int8_experts_method(layer: RoutedExperts) -> FusedMoEMethodBase:
@@ -27,6 +28,7 @@ def int8_experts_method(layer: RoutedExperts) -> FusedMoEMethodBase:
     Raises:
         NotImplementedError: no method serves this configuration on this platform.
     """
+    kernels.register()
     moe = layer.moe_config
     if current_platform.is_cpu() and moe.moe_backend == "auto":
         return CpuInt8MoEMethod(moe)
