@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from vllm_gemma4q.commands import calibrate, prune, quantize, restore
+from vllm_gemma4q.commands import bench, calibrate, prune, quantize, restore, tune
 from vllm_gemma4q.errors import InputError
 
 EXIT_BAD_INPUT = 2
@@ -21,6 +21,8 @@ app.command("calibrate")(calibrate.command)
 app.command("quantize")(quantize.command)
 app.command("prune")(prune.command)
 app.command("restore")(restore.command)
+app.command("tune")(tune.command)
+app.command("bench")(bench.command)
 
 
 @app.callback()
