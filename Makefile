@@ -5,13 +5,14 @@ PYTHON ?= $(shell python3 -c 'import importlib.metadata as m; m.version("vllm")'
 	|| command -v python3.11 || command -v python3)
 RUN := .venv/bin/python
 
-.PHONY: help environment demo test test-slow lint benchmark small-models clean
+.PHONY: help environment demo test test-slow test-gpu lint benchmark small-models clean
 
 help:
 	@echo "make demo [MODEL=folder]  quantize a Gemma 4 to INT8 and serve it, and to GGUF; report"
 	@echo "          [PART=gguf]     one half of it: int8 or gguf"
 	@echo "make test                 the tests (about 10 minutes on 2 cores)"
 	@echo "make test-slow            the tests that take longer"
+	@echo "make test-gpu             the kernels on a CUDA or ROCm GPU"
 	@echo "make lint                 ruff, mypy, typos"
 	@echo "make benchmark            the quantizer beside AMD Quark and a plain copy"
 	@echo "make small-models         train the small Gemma 4 checkpoints again"
@@ -23,10 +24,13 @@ demo: environment
 	@$(RUN) examples/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(PART),--part $(PART))
 
 test: environment
-	$(RUN) -m pytest -m "not slow" $(ARGS)
+	$(RUN) -m pytest -m "not slow and not gpu" $(ARGS)
 
 test-slow: environment
-	$(RUN) -m pytest -m slow $(ARGS)
+	$(RUN) -m pytest -m "slow and not gpu" $(ARGS)
+
+test-gpu: environment
+	$(RUN) -m pytest -m gpu tests/gpu $(ARGS)
 
 lint: environment
 	$(RUN) -m ruff check .
