@@ -1,0 +1,12 @@
+"""The backends of EXL3, [m, k] x packed [k, n] -> [m, n]; see `gemma4q_kernels.dispatch`."""
+
+from gemma4q_kernels.dispatch import Choice, Dispatcher
+from gemma4q_kernels.exl3.format import Problem
+
+__all__ = ["BACKENDS", "Choice", "backend_module", "choose"]
+
+_MODULES = {"blocks": "cpu", "reference": "reference"}
+_DISPATCHER = Dispatcher("exl3", Problem, _MODULES, {}, ("blocks",))
+BACKENDS = _DISPATCHER.backends
+backend_module = _DISPATCHER.module
+choose = _DISPATCHER.choose
