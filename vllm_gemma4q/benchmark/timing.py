@@ -10,7 +10,8 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 
@@ -65,14 +66,19 @@ def _on_gpu(calls: Sequence[Call], budget: float) -> list[float]:
     with torch.cuda.stream(stream):
         calls[0]()  # compiles
         stream.synchronize()
-        once = _elapsed(stream, lambda: [call() for call in calls]) / len(calls)
+        once = _elapsed(stream, partial(_run_each, calls)) / len(calls)
         n_calls = len(calls) * max(1, math.ceil(budget / _REPLAYS / max(once, 1e-6) / len(calls)))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            for call in itertools.islice(itertools.cycle(calls), n_calls):
-                call()
+            _run_each(itertools.islice(itertools.cycle(calls), n_calls))
         graph.replay()
         return [_elapsed(stream, graph.replay) / n_calls for _ in range(_REPLAYS)]
+
+
+def _run_each(calls: Iterable[Call]) -> None:
+    """Run them, keeping no output: those of many calls may not fit memory."""
+    for call in calls:
+        call()
 
 
 def _elapsed(stream: torch.cuda.Stream, work: Call) -> float:

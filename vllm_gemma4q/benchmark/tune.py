@@ -135,7 +135,7 @@ class Tuner:
         columns = torch.arange(-_CHECKED, 0, device=x.device) % problem.n
         chosen = weight[ids[0].view(-1)[some].long()][:, columns].double()
         rows = x[some // (pairs // len(x))].double()
-        expected = torch.einsum("pnk,pk->pn", chosen, rows).float().to(self.dtype)
+        expected = torch.einsum("ijk,ik->ij", chosen, rows).float().to(self.dtype)
         blocks: dict[int, list[Blocks]] = {}
         for choice in planned:
             tile = choice.tile
