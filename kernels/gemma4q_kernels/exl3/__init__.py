@@ -15,7 +15,7 @@ such sets: each has its own input vector suh, and may have its own K.
     hadamard.py   the transform                   cpu.py        tables, a block at a time
     dispatch.py   which backend, and why
 
-Not done here: writing the format; Triton kernels; slicing for tensor parallelism.
+Not done here: writing the format; Triton kernels; slicing for tensor parallelism; gradients.
 """
 
 from collections.abc import Sequence
