@@ -144,6 +144,7 @@ def _cublaslt(
             raise RuntimeError(f"no algorithm for int8 at M = {len(x)}")
         brief = []
         for product in products:
+            out.zero_()  # or what the one before wrote would pass for its own
             product(x, weights[0], out)
             _check("cublaslt", out, exact)
             brief.append(median([partial(product, x, weight, out) for weight in weights], budget / len(products)))

@@ -36,6 +36,7 @@ def command(
     """Time INT8 tiles on this GPU, for Gemma 4's shapes, and write the tile tables that serve them best."""
     sizes = sizes_of(model, ranks)
     device = _gpu()
+    import torch
     from gemma4q_kernels.grouped_mm import tiles as grouped_tiles
     from gemma4q_kernels.int8_scaled_mm import tiles
     from gemma4q_kernels.support import architecture
@@ -55,6 +56,10 @@ def command(
             run(folder, table, EXPERTS, both, True, lambda tuner, planned: tuner.experts(sizes.experts, planned))
     except ValueError as error:
         raise InputError(str(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            "tune: the GPU's memory is full: end what else runs on it, or tune with a larger -tp"
+        ) from error
     print(f"To use them: export GEMMA4Q_TILES={output.resolve()}")
 
 
