@@ -3,7 +3,8 @@
     .venv/bin/python benchmarks/int8_cpu.py [--model 31B] [-m 1 16 256] [--seconds 0.6] [--threads 2] [--loaded]
 
 What `gemma4q bench` times (medians, BF16 in and out, weights beyond the cache), and for each problem the fastest, its
-ratio to bfloat16's F.linear, and that of our own default. Goal: ours at least 0.95 of the best of vLLM's two operators.
+ratio to bfloat16's F.linear, and that of our own default. Goal: ours at least as fast as the best of vLLM's two
+operators, where 5% are taken for noise.
 `--loaded` records that other work ran on the machine. Results go to benchmarks/results/int8_cpu.json.
 """
 
@@ -26,7 +27,7 @@ from vllm_gemma4q.benchmark.shapes import MODELS, sizes_of
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
-GOAL = 0.95  # of the best of vLLM's two: what two runs of the same operator differ by
+GOAL, NOISE = 1.0, 0.05  # of the best of vLLM's two; two runs of one operator differ by as much
 
 
 def verdict(rows: list[Row]) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def verdict(rows: list[Row]) -> dict[str, Any]:
     shape = rows[0].shape
     found = {"linear": shape.name, "n": shape.n, "k": shape.k, "m": rows[0].m, "fastest": fastest, "x_bf16": ratios}
     beside = round(min(theirs) / seconds[OURS], 3) if theirs else None
-    return {**found, "ours_over_best_of_vllm": beside, "met": beside is None or beside >= GOAL}
+    return {**found, "ours_over_best_of_vllm": beside, "met": beside is None or beside >= GOAL - NOISE}
 
 
 def main() -> None:
@@ -65,7 +66,7 @@ def main() -> None:
         "loaded": arguments.loaded,
         "machine": {**device_facts(CPU), "system": platform.platform()},
         "versions": versions(),
-        "goal": {"ours_over_best_of_vllm": GOAL, "met": all(each["met"] for each in verdicts)},
+        "goal": {"ours_over_best_of_vllm": GOAL, "noise": NOISE, "met": all(each["met"] for each in verdicts)},
         "problems": verdicts,
         "rows": [dataclasses.asdict(row) for row in rows],
     }
