@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from gemma4q_kernels.int8_scaled_mm import choose, linear, pack, quantize_per_token, scaled_mm
+from gemma4q_kernels.int8_scaled_mm import choose, cpu, linear, pack, quantize_per_token, scaled_mm
 from gemma4q_kernels.int8_scaled_mm.cpu import OneDnnWeight, PlainWeight
 from gemma4q_kernels.int8_scaled_mm.problem import MAX_K
 from gemma4q_kernels.support import vllm_onednn
@@ -189,3 +189,24 @@ def test_a_cpu_that_saturates_is_found_out() -> None:
     assert done.returncode == 0, done.stderr
     exact, name = done.stdout.split()
     assert name == ("int_mm" if exact == "1" else "reference")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(1, 2816), (17, 33), (5, 1), (0, 8), (3, 0)], ids=str)
+def test_rows_are_quantized_alike_by_vllm(shape: tuple[int, int], dtype: torch.dtype, poisoned_memory: None) -> None:
+    assert vllm_onednn()  # loads the operators
+    x = (torch.randn(shape) * 3).to(dtype)
+    for got, expected in zip(cpu.quantize_per_token(x), quantize_per_token(x), strict=True):
+        assert got.dtype == expected.dtype and torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
+def test_what_is_not_finite_is_not_hidden_by_vllm(value: float) -> None:
+    x = torch.randn(3, 64)
+    x[1, 5] = value
+    x[2] = 0
+    q, scale = cpu.quantize_per_token(x)
+    assert not bool(scale[1].isfinite()) and bool(scale[0].isfinite())
+    assert bool((q[2].float() * scale[2] == 0).all())
+    x[1, 5] = 0.0
+    assert bool((cpu.quantize_per_token(x)[0][2] == 0).all())

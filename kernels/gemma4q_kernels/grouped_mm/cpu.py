@@ -10,8 +10,8 @@ import torch
 from gemma4q_kernels.grouped_mm.activation import activate
 from gemma4q_kernels.grouped_mm.problem import Problem
 from gemma4q_kernels.grouped_mm.routing import group_by_expert
-from gemma4q_kernels.int8_scaled_mm import pack, quantize_per_token
-from gemma4q_kernels.int8_scaled_mm.cpu import OneDnnWeight, PlainWeight
+from gemma4q_kernels.int8_scaled_mm import pack
+from gemma4q_kernels.int8_scaled_mm.cpu import OneDnnWeight, PlainWeight, quantize_per_token
 from gemma4q_kernels.support import YES, Support
 
 Weight = OneDnnWeight | PlainWeight
