@@ -20,6 +20,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -133,19 +134,20 @@ def result(
     return Result(contestant, architecture, problems, tile, code.registers, code.spills, code.shared, occupancy)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def compare(contest: Callable[[str], Iterable[Result]], description: str, name: str) -> None:
+    """Run a comparison from the command line: print each result, write all to `benchmarks/results/NAME.json`."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--architecture", nargs="+", default=list(packaged()), choices=packaged())
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "int8_machine_code.json")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / f"{name}.json")
     arguments = parser.parse_args()
     results: list[Result] = []
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         for architecture in arguments.architecture:
-            for each in (*ours(architecture), *theirs(architecture)):
+            for each in contest(architecture):
                 results.append(each)
                 print(
-                    f"{each.architecture:8} {each.contestant:8} {each.tile:33} {each.registers:4} registers "
+                    f"{each.architecture:8} {each.contestant:19} {each.tile:33} {each.registers:4} registers "
                     f"{each.spills:4} spills {each.shared:7} B shared {each.occupancy:6.1%}  {each.problems}",
                     flush=True,
                 )
@@ -167,4 +169,6 @@ def installed(name: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    compare(
+        lambda architecture: [*ours(architecture), *theirs(architecture)], __doc__.splitlines()[0], Path(__file__).stem
+    )

@@ -13,19 +13,14 @@ shapes of Gemma 4 26B-A4B (w13: K = 2816, w2: K = 704). Contestants:
 What the figures mean, and what they do not: see `int8_machine_code.py`. Results go to benchmarks/results/.
 """
 
-import argparse
-import datetime
-import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import triton
 from gemma4q_kernels.grouped_mm.tiles import table
 from gemma4q_kernels.grouped_mm.triton import grouped_mm_kernel
-from gemma4q_kernels.int8_scaled_mm.tiles import Tile, packaged
-from int8_machine_code import ROOT, Result, installed, result
+from gemma4q_kernels.int8_scaled_mm.tiles import Tile
+from int8_machine_code import Result, compare, result
 from machine_code import compile_ahead
 from triton import language as tl
 
@@ -120,30 +115,5 @@ def contest(architecture: str) -> list[Result]:
     return results
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--architecture", nargs="+", default=list(packaged()), choices=packaged())
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "moe_machine_code.json")
-    arguments = parser.parse_args()
-    results: list[Result] = []
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
-        for architecture in arguments.architecture:
-            for each in contest(architecture):
-                results.append(each)
-                print(
-                    f"{each.architecture:8} {each.contestant:19} {each.tile:32} {each.registers:4} registers "
-                    f"{each.spills:4} spills {each.shared:7} B shared {each.occupancy:6.1%}  {each.problems}",
-                    flush=True,
-                )
-    report = {
-        "date": datetime.date.today().isoformat(),
-        "versions": {name: installed(name) for name in ("vllm-gemma4q", "triton", "vllm")},
-        "results": [vars(each) for each in results],
-    }
-    arguments.output.parent.mkdir(exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=2) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    compare(contest, __doc__.splitlines()[0], Path(__file__).stem)
