@@ -89,6 +89,11 @@ def role_of(name: str) -> Role:
     return Role.OTHER
 
 
+def layer_index(name: str) -> int:
+    """The decoder layer that a tensor or module below `layers` belongs to."""
+    return int(name.rpartition(".layers.")[2].partition(".")[0])
+
+
 def is_linear_weight(name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor is the weight of a linear of the language model, fused experts included."""
     if role_of(name) not in LINEAR_ROLES:

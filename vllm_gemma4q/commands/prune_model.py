@@ -101,7 +101,7 @@ class PrunedModel:
         from vllm_gemma4q.pruned_moe.refit import Refit, refitted
         from vllm_gemma4q.pruned_moe.streams import Variant
 
-        samples = self._cut(self._text, self._run.samples)
+        samples = self._samples
         chosen = {"retained": retained.to_json(), "options": asdict(self._options)}
         identity = {**decoder_identity(self._decoder), "texts": self.details(), **chosen}
         with Work(folder, identity) as work:
@@ -112,7 +112,7 @@ class PrunedModel:
 
     def details(self) -> dict[str, Any]:
         """What the refit runs on, for the manifest."""
-        samples = self._cut(self._text, self._run.samples)
+        samples = self._samples
         return {
             "samples": len(samples.ids),
             "tokens": samples.n_tokens,
@@ -131,6 +131,11 @@ class PrunedModel:
                 "F16 or F32: prune the checkpoint it was made from, or leave them out"
             )
         return load_decoder(self._source, self._run.device, self._run.dtype)
+
+    @cached_property
+    def _samples(self) -> "Samples":
+        """Of the refit: cut once, since that tokenizes all of the text."""
+        return self._cut(self._text, self._run.samples)
 
     def _cut(self, paths: Sequence[Path], n_samples: int) -> "Samples":
         from vllm_gemma4q.calibration.texts import load_samples

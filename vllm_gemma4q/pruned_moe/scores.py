@@ -14,6 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
+from vllm_gemma4q.architecture import layer_index
 from vllm_gemma4q.calibration.statistics import Array, Routing, Statistics
 from vllm_gemma4q.errors import InputError
 
@@ -77,7 +78,7 @@ def evidence(
         if name not in names:
             raise InputError(f"class {name}: not calibrated on, expected one of {', '.join(names)}")
         weights[names.index(name)] = weight
-    layers = [statistics.routing(name) for name in sorted(statistics.experts, key=_layer_of)]
+    layers = [statistics.routing(name) for name in sorted(statistics.experts, key=layer_index)]
     counts = sorted({len(layer.count) for layer in layers})
     if len(counts) > 1:
         raise InputError(
@@ -180,7 +181,3 @@ def _stacked(found: Evidence, name: str) -> Array:
 
 def _per_token(found: Evidence, name: str) -> Array:
     return np.asarray(_stacked(found, name) / np.maximum(_stacked(found, "count"), 1))
-
-
-def _layer_of(name: str) -> int:
-    return int(name.rpartition(".layers.")[2].partition(".")[0])

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from vllm_gemma4q.architecture import Role, is_fused_experts, role_of
+from vllm_gemma4q.architecture import Role, is_fused_experts, layer_index, role_of
 from vllm_gemma4q.calibration.statistics import Array
 from vllm_gemma4q.calibration.weights import read_rows
 from vllm_gemma4q.checkpoint import Checkpoint
@@ -50,7 +50,7 @@ def weight_sums(source: Checkpoint, progress: Progress = lambda n_bytes: None) -
     for tensor in source.tensors.values():
         if role_of(tensor.name) is not Role.EXPERTS:
             continue
-        layer = int(tensor.name.rpartition(".layers.")[2].partition(".")[0])
+        layer = layer_index(tensor.name)
         entries = range(tensor.shape[0]) if is_fused_experts(tensor.name) else [None]
         for entry in entries:
             expert = next(linears_of(tensor)).inputs[1] if entry is None else entry
