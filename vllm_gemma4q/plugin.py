@@ -34,6 +34,17 @@ def register_fp8_static() -> None:
     _register_model("FP8 checkpoints with static scales")
 
 
+def register_exl3() -> None:
+    """Register the quantization config for EXL3 checkpoints, and the model that unpacks their signs."""
+    from vllm.model_executor.layers.quantization import register_quantization_config
+
+    from vllm_gemma4q.exl3.config import Exl3Config
+    from vllm_gemma4q.exl3.scheme import METHOD_NAME
+
+    register_quantization_config(METHOD_NAME)(Exl3Config)
+    _register_model("EXL3 checkpoints")
+
+
 def register_pruned_moe() -> None:
     """Register the model that gives each layer its own number of experts, whatever the checkpoint's dtype."""
     _register_model("checkpoints whose layers have different numbers of experts")
