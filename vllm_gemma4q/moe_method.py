@@ -29,7 +29,7 @@ class OwnMoEMethod(FusedMoEMethodBase):
 
     def __init__(self, moe: FusedMoEConfig, scheme: str, dtype: torch.dtype) -> None:
         super().__init__(moe)
-        if reason := _refusal(moe):
+        if reason := refusal(moe):
             raise NotImplementedError(f"{scheme}: {reason}")
         self.weight_dtype = dtype
 
@@ -65,7 +65,7 @@ class OwnMoEMethod(FusedMoEMethodBase):
         return None
 
 
-def _refusal(moe: FusedMoEConfig) -> str | None:
+def refusal(moe: FusedMoEConfig) -> str | None:
     """Why our experts cannot serve a configuration, None where they can."""
     if moe.activation.value not in ACTIVATIONS:
         return f"activation is {moe.activation.value}, expected one of {', '.join(ACTIVATIONS)}"

@@ -1,0 +1,147 @@
+"""vLLM's method for experts in EXL3, packed in memory: a few multiplications for each expert that got tokens.
+
+Bits may differ from expert to expert and from projection to projection. Parameters, each flat, with this rank's experts
+behind each other (`shards.py`): w13_{trellis, suh, svh} of gate and up, w2_{..} of down. Computed in `experts.py`.
+
+Which experts have tokens is known on the CPU only after the GPU is done. A CUDA graph cannot wait for that, so while
+one is captured all experts see all tokens, which is correct and slow.
+
+Not done: one launch for all experts; LoRA, EPLB.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from gemma4q_kernels.exl3.slicing import Span
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+
+from vllm_gemma4q.errors import InputError
+from vllm_gemma4q.exl3.experts import Expert, Experts
+from vllm_gemma4q.exl3.facts import INPUT_SIGNS, OUTPUT_SIGNS, TRELLIS, Packed
+from vllm_gemma4q.exl3.shards import Layout, Part, share
+from vllm_gemma4q.moe_method import refusal
+
+
+class Exl3MoEMethod(FusedMoEMethodBase):
+    """One layer's experts.
+
+    Args:
+        linears: how each expert's are stored, by `3.up_proj` and so on.
+
+    Raises:
+        NotImplementedError: these experts cannot serve the configuration.
+    """
+
+    def __init__(self, moe: FusedMoEConfig, linears: Mapping[str, Packed]) -> None:
+        super().__init__(moe)
+        if reason := refusal(moe):
+            raise NotImplementedError(f"EXL3 experts: {reason}")
+        self.linears = linears
+
+    def create_weights(
+        self,
+        layer: RoutedExperts,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        parallel, whole = self.moe.moe_parallel_config, self.linears["0.up_proj"]
+        if intermediate_size_per_partition * parallel.tp_size != whole.out_features:
+            raise InputError(
+                f"{layer.layer_name}: got experts of {whole.out_features} on {parallel.tp_size} ranks, "
+                "expected a number of ranks that divides them (or --enable-expert-parallel)"
+            )
+        self.hidden = Span(0, whole.in_features)
+        self.inner = share(whole.out_features, intermediate_size_per_partition, parallel.tp_rank, parallel.tp_size)
+        places = [layer._map_global_expert_id_to_local_expert_id(expert) for expert in range(layer.global_num_experts)]
+        experts = [expert for _, expert in sorted((place, expert) for expert, place in enumerate(places) if place >= 0)]
+        first = [f"{expert}.{name}" for expert in experts for name in ("gate_proj", "up_proj")]
+        second = [f"{expert}.down_proj" for expert in experts]
+        self.first = self._register(layer, "w13_", first, self.hidden, self.inner)
+        self.second = self._register(layer, "w2_", second, self.inner, self.hidden)
+
+    def _register(self, layer: RoutedExperts, prefix: str, names: list[str], inputs: Span, outputs: Span) -> Layout:
+        layout = Layout(tuple(Part(self.linears[name], inputs, outputs) for name in names))
+        layout.register(layer, prefix, _loader(layer, layout))
+        return layout
+
+    def process_weights_after_loading(self, layer: RoutedExperts) -> None:
+        both, down = (
+            layout.weights(*(getattr(layer, prefix + leaf) for leaf in (TRELLIS, INPUT_SIGNS, OUTPUT_SIGNS)))
+            for prefix, layout in (("w13_", self.first), ("w2_", self.second))
+        )
+        self.experts = Experts([Expert(*one) for one in zip(both[::2], both[1::2], down, strict=True)], self.hidden,
+                               self.inner)  # fmt: skip
+        self.expert_map = layer.expert_map
+        _LOADED[layer.layer_name] = self
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig | None:
+        return None
+
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: object | None,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """This rank's share of the experts' output, [T, H]; vLLM sums over ranks."""
+        output: torch.Tensor = exl3_experts(x, topk_weights, topk_ids, layer.activation.value, layer.layer_name)
+        return output
+
+
+def _loader(layer: RoutedExperts, layout: Layout) -> Callable[..., bool | None]:
+    """Puts one expert's tensor where it belongs, where this rank has the expert."""
+
+    def load(
+        leaf: str,
+        param: torch.Tensor,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool | None:
+        place = layer._map_global_expert_id_to_local_expert_id(expert_id)
+        if place >= 0:
+            index = place if shard_id == "w2" else 2 * place + (shard_id == "w3")
+            layout.load(leaf, param, loaded_weight, index)
+        return place >= 0 if return_success else None
+
+    return load
+
+
+# Layer names are unique among the models that run in one process (vLLM's forward context relies on it too).
+_LOADED: WeakValueDictionary[str, Exl3MoEMethod] = WeakValueDictionary()
+
+
+@torch.library.custom_op("gemma4q::exl3_experts", mutates_args=())
+def exl3_experts(
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, activation: str, layer_name: str
+) -> torch.Tensor:
+    """A layer's loaded experts as one opaque operation: torch.compile cannot trace which experts are active.
+
+    Args:
+        x: [T, H].
+        topk_weights: float [T, k].
+        topk_ids: int [T, k], global expert ids.
+        activation: one of `gemma4q_kernels.grouped_mm.ACTIVATIONS`.
+        layer_name: the engine's name of the layer.
+    """
+    method = _LOADED[layer_name]
+    return method.experts(x, topk_weights, topk_ids, activation, method.expert_map)
+
+
+@exl3_experts.register_fake
+def _exl3_experts_shape(
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, activation: str, layer_name: str
+) -> torch.Tensor:
+    return torch.empty_like(x)
