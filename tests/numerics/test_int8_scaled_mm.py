@@ -6,8 +6,9 @@ import sys
 
 import pytest
 import torch
-from gemma4q_kernels.int8_scaled_mm import choose, cpu, linear, pack, quantize_per_token, scaled_mm
+from gemma4q_kernels.int8_scaled_mm import choose, cpu, linear, pack, pack_linear, quantize_per_token, scaled_mm
 from gemma4q_kernels.int8_scaled_mm.cpu import OneDnnWeight, PlainWeight
+from gemma4q_kernels.int8_scaled_mm.cpu_few_rows import FewRowsWeight
 from gemma4q_kernels.int8_scaled_mm.problem import MAX_K
 from gemma4q_kernels.support import vllm_onednn
 from tolerances import INT8_SCALED_MM, rms_error
@@ -117,6 +118,46 @@ def test_packed_and_plain_weights_agree() -> None:
     assert isinstance(plain, PlainWeight)
     assert isinstance(best, OneDnnWeight) == bool(vllm_onednn())
     assert rms_error(best.linear(x), plain.linear(x)) <= INT8_SCALED_MM[torch.float32]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("rows", [1, 5, 33, 130])
+@pytest.mark.parametrize("shape", [(32, 96), (64, 544), (512, 1024)], ids=str)
+def test_layout_for_few_rows(shape: tuple[int, int], rows: int, poisoned_memory: None) -> None:
+    """Any number of rows, few or not. On a CPU without AMX this is the layout that `pack` chooses."""
+    _, _, w_q, w_scale = operands(1, *shape)
+    x = torch.randn(rows, shape[1], generator=torch.Generator().manual_seed(1)).bfloat16()
+    bias = torch.linspace(-1, 1, shape[0])
+    packed = pack_linear(w_q, w_scale, rows=1)
+    assert isinstance(packed, FewRowsWeight) == bool(vllm_onednn() and torch.cpu._is_amx_tile_supported())
+    expected = oracle(*quantize_per_token(x), w_q, w_scale)
+    bound = INT8_SCALED_MM[torch.bfloat16]
+    assert rms_error(packed.linear(x), expected) <= bound < rms_error(packed.linear(x), expected * 1.1)
+    assert rms_error(packed.linear(x, bias), expected + bias) <= bound
+
+
+def test_layout_for_few_rows_hides_no_nan() -> None:
+    _, _, w_q, w_scale = operands(1, 32, 96)
+    x = torch.ones(3, 96, dtype=torch.bfloat16)
+    x[1, 5] = torch.nan
+    out = pack_linear(w_q, w_scale, rows=1).linear(x)
+    assert out[1].isnan().all() and out[0].isfinite().all() and out[2].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "dtype", "rows"),
+    [
+        (33, 64, torch.bfloat16, 1),
+        (32, 48, torch.bfloat16, 1),
+        (32, 64, torch.float32, 1),
+        (32, 64, torch.bfloat16, 65),
+    ],
+)
+def test_other_shapes_get_another_layout(n: int, k: int, dtype: torch.dtype, rows: int) -> None:
+    _, _, w_q, w_scale = operands(1, n, k)
+    packed = pack_linear(w_q, w_scale, dtype, rows=rows)
+    assert not isinstance(packed, FewRowsWeight)
+    assert packed.linear(torch.ones(2, k, dtype=dtype)).shape == (2, n)
 
 
 def test_auto_on_a_cpu() -> None:

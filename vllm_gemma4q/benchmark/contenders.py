@@ -8,12 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from gemma4q_kernels.int8_scaled_mm import linear, pack, quantize_per_token
+from gemma4q_kernels.int8_scaled_mm import linear, pack, pack_linear, quantize_per_token
+from gemma4q_kernels.int8_scaled_mm.cpu_few_rows import MAX_ROWS
 from gemma4q_kernels.support import YES, Support, architecture, int_mm_is_exact, no, vllm_onednn
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
 BASELINE = "bf16 F.linear"
 OURS = "gemma4q"
+OURS_FEW_ROWS = "gemma4q few rows"  # on a CPU, in the layout for them
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,12 @@ class Contender:
 
 def _always(device: torch.device, m: int) -> Support:
     return YES
+
+
+def _cpu_with_few_rows(device: torch.device, m: int) -> Support:
+    if device.type != "cpu":
+        return no(f"runs on the CPU, got device {device}")
+    return YES if m <= MAX_ROWS else no(f"for at most {MAX_ROWS} rows, got M = {m}")
 
 
 def _cpu_with_vllm(device: torch.device, m: int) -> Support:
@@ -88,6 +96,10 @@ def _prepare_ours(weight: Weight) -> Linear:
     if weight.device.type == "cpu":
         return pack(weight.q, weight.scale).linear
     return lambda x: linear(x, weight.q, weight.scale)
+
+
+def _prepare_ours_few_rows(weight: Weight) -> Linear:
+    return pack_linear(weight.q, weight.scale, rows=1).linear
 
 
 def _prepare_int_mm(weight: Weight) -> Linear:
@@ -148,6 +160,7 @@ def _prepare_cutlass(weight: Weight) -> Linear:
 CONTENDERS = (
     Contender(BASELINE, _always, _prepare_bf16, bytes_a_weight=2),
     Contender(OURS, _always, _prepare_ours),
+    Contender(OURS_FEW_ROWS, _cpu_with_few_rows, _prepare_ours_few_rows),
     Contender("torch._int_mm", _int_mm_can_run, _prepare_int_mm),
     Contender("torch onednn.qlinear", _cpu_with_onednn, _prepare_qlinear),
     Contender("vllm onednn_scaled_mm", _cpu_with_vllm, _prepare_vllm_onednn),

@@ -10,7 +10,7 @@ Divergence grows by what rounding this one matrix costs: see the tests. Not done
 import os
 
 import torch
-from gemma4q_kernels.int8_scaled_mm import pack, quantize_per_channel
+from gemma4q_kernels.int8_scaled_mm import pack_linear, quantize_per_channel
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 
 VARIABLE = "GEMMA4Q_INT8_LM_HEAD"
@@ -34,7 +34,7 @@ class Int8LMHeadMethod(UnquantizedEmbeddingMethod):
 
     def process_weights_after_loading(self, layer: ParallelLMHead) -> None:
         weight = layer.weight.data
-        self._packed = pack(*quantize_per_channel(weight), out_dtype=weight.dtype)
+        self._packed = pack_linear(*quantize_per_channel(weight), out_dtype=weight.dtype, rows=1)
 
     def apply(self, layer: ParallelLMHead, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """[T, hidden] -> [T, vocabulary of this rank]."""

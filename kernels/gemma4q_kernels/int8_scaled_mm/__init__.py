@@ -7,7 +7,7 @@ The sum is an exact int32, the rest float32, cast at the end. Weights are [N, K]
     quantize.py   the two roundings            reference.py  oracle
     dispatch.py   which backend, and why       cpu.py        torch._int_mm, oneDNN through vLLM
     problem.py    sizes, checks, epilogue      triton.py     GPUs
-                                               tiles.py      its launch parameters, read from configs/
+    cpu_few_rows.py   AMX, up to 64 rows       tiles.py      its launch parameters, read from configs/
 
 Not done here: static activation scales, zero points, sums over K split among ranks.
 """
@@ -15,6 +15,7 @@ Not done here: static activation scales, zero points, sums over K split among ra
 import torch
 
 from gemma4q_kernels.int8_scaled_mm.cpu import OneDnnWeight, PlainWeight
+from gemma4q_kernels.int8_scaled_mm.cpu_few_rows import MAX_ROWS, FewRowsWeight
 from gemma4q_kernels.int8_scaled_mm.dispatch import BACKENDS, Choice, backend_module, choose
 from gemma4q_kernels.int8_scaled_mm.problem import Problem, check_activations, check_bias, check_weight
 from gemma4q_kernels.int8_scaled_mm.quantize import quantize_per_channel, quantize_per_token
@@ -25,6 +26,7 @@ __all__ = [
     "choose",
     "linear",
     "pack",
+    "pack_linear",
     "quantize_per_channel",
     "quantize_per_token",
     "scaled_mm",
@@ -110,3 +112,23 @@ def pack(
         if backend == "onednn":
             raise ValueError(f"int8_scaled_mm.pack N={n} K={k}: onednn refuses: {support.reason}")
     return PlainWeight(w_q, w_scale, out_dtype)
+
+
+def pack_linear(
+    w_q: torch.Tensor, w_scale: torch.Tensor, out_dtype: torch.dtype = torch.bfloat16, *, rows: int
+) -> FewRowsWeight | OneDnnWeight | PlainWeight:
+    """A weight in the layout that runs fastest where most calls bring `rows` tokens; any number is right.
+
+    Args:
+        w_q, w_scale: int8 [N, K], float32 [N]; may be released afterwards.
+
+    Returns:
+        An object whose `linear(x, bias)` multiplies float [M, K] to [M, N] of `out_dtype`.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    n, k = check_weight(w_q, w_scale)
+    if rows <= MAX_ROWS and FewRowsWeight.can_implement(Problem(w_q.device, rows, n, k, out_dtype)):
+        return FewRowsWeight(w_q, w_scale)
+    return pack(w_q, w_scale, out_dtype)
