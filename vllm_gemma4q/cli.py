@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from vllm_gemma4q.commands import bench, calibrate, prune, quantize, restore, tune
+from vllm_gemma4q.commands import bench, calibrate, prune, quantize, restore, tune, vram
 from vllm_gemma4q.errors import InputError
 
 EXIT_BAD_INPUT = 2
@@ -23,6 +23,7 @@ app.command("prune")(prune.command)
 app.command("restore")(restore.command)
 app.command("tune")(tune.command)
 app.command("bench")(bench.command)
+app.command("vram")(vram.command)
 
 
 @app.callback()
