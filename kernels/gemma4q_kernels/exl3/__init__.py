@@ -15,7 +15,14 @@ such sets: each has its own input vector suh, and may have its own K.
     hadamard.py   the transform                   cpu.py        tables, a block at a time
     dispatch.py   which backend, and why
 
-Not done here: writing the format; Triton kernels; slicing for tensor parallelism; gradients.
+Writing (`quantize_linear`; `encode` for tiles alone):
+
+    regularize.py  signs, scales, rotation        ldlq.py         feedback of errors, by the inputs' second moments
+    quantize.py    one linear, from end to end    encode.py       which search, and why
+    packing.py     paths to trellises             viterbi.py      the search's definition, in torch
+    vectors.py     16 floats in numba             viterbi_cpu.py  the search by numba, which only encoding imports
+
+Not done here: gradients.
 """
 
 from collections.abc import Sequence
@@ -23,16 +30,26 @@ from collections.abc import Sequence
 import torch
 
 from gemma4q_kernels.exl3.dispatch import BACKENDS, Choice, backend_module, choose
+from gemma4q_kernels.exl3.encode import ENCODERS, Encoded, choose_encoder, encode
 from gemma4q_kernels.exl3.format import CODEBOOKS, Exl3Weight, check_linear, codebook_of, unpack_signs
+from gemma4q_kernels.exl3.packing import pack
+from gemma4q_kernels.exl3.quantize import Quantized, quantize_linear
 
 __all__ = [
     "BACKENDS",
     "CODEBOOKS",
+    "ENCODERS",
     "Choice",
+    "Encoded",
     "Exl3Weight",
+    "Quantized",
     "choose",
+    "choose_encoder",
     "codebook_of",
+    "encode",
     "linear",
+    "pack",
+    "quantize_linear",
     "reconstruct",
     "unpack_signs",
 ]

@@ -1,0 +1,84 @@
+"""Rounding with feedback (LDLQ): tiles still to be encoded make up for the errors of those that are.
+
+With second moments M = L D L^T of the inputs, L lower triangular with blocks of 16 on its diagonal that are 1, the
+error E of a weight [in, out] costs tr(E^T M E) = sum over blocks of inputs of |D^(1/2) (L^T E)_j|^2, where
+(L^T E)_j = E_j + sum over i > j of L_ij^T E_i. So inputs are encoded from the last to the first, block j as what
+is left of it behind the errors of later ones. These are gathered for 128 inputs at a time in one product.
+
+Source: Chee et al., "QuIP: 2-Bit Quantization of Large Language Models With Guarantees", 2023.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from gemma4q_kernels.exl3.format import BLOCK, TILE
+
+# Of the mean of the diagonal, added to it. More where float32 finds no factor.
+DAMPING = (0.025, 0.1, 0.4)
+
+
+def feedback_factor(moments: torch.Tensor) -> torch.Tensor:
+    """L of M = L D L^T: how errors of later inputs move earlier ones.
+
+    Args:
+        moments: float32 [in, in], symmetric, positive semidefinite; overwritten.
+
+    Returns:
+        float32 [in, in], lower triangular, of which blocks of 16 on the diagonal are 1.
+
+    Raises:
+        ValueError: moments that are not positive semidefinite, and not close to it.
+    """
+    diagonal = moments.diagonal()
+    mean = float(diagonal.mean()) or 1.0
+    added = 0.0
+    for damping in DAMPING:
+        diagonal.add_((damping - added) * mean)
+        added = damping
+        root, failed = torch.linalg.cholesky_ex(moments)
+        if not int(failed):
+            return _with_unit_blocks(root)
+    raise ValueError(
+        f"hessian: no Cholesky factor with {DAMPING[-1]:g} of its mean diagonal added, expected second moments"
+    )
+
+
+def _with_unit_blocks(root: torch.Tensor) -> torch.Tensor:
+    """Columns of blocks times the inverse of the block on the diagonal."""
+    blocks = len(root) // TILE
+    by_column = root.view(-1, blocks, TILE).transpose(0, 1)
+    on_diagonal = root.view(blocks, TILE, blocks, TILE).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    factor: torch.Tensor = torch.linalg.solve_triangular(on_diagonal, by_column, upper=False, left=False)
+    return factor.transpose(0, 1).reshape_as(root)
+
+
+def encode_with_feedback(
+    targets: Callable[[slice], torch.Tensor],
+    shape: tuple[int, int],
+    factor: torch.Tensor | None,
+    encode_rows: Callable[[slice, torch.Tensor], torch.Tensor],
+) -> None:
+    """Encode 16 inputs after the other, from the last to the first.
+
+    Args:
+        targets: the weight of 128 inputs, float32 [128, out].
+        shape: of the weight, (in, out).
+        factor: from `feedback_factor`; None: no feedback.
+        encode_rows: gets 16 inputs, and what to encode for them, float32 [16, out]; returns what that decodes to.
+    """
+    errors: torch.Tensor | None = None
+
+    def from_later(rows: slice, later: slice) -> torch.Tensor | float:
+        return 0.0 if factor is None or errors is None else factor[later, rows].t() @ errors[later]
+
+    for start in reversed(range(0, shape[0], BLOCK)):
+        group = slice(start, start + BLOCK)
+        target = targets(group)
+        if errors is None:
+            errors = target.new_empty(shape)
+        wanted = target + from_later(group, slice(group.stop, shape[0]))
+        for first in reversed(range(0, BLOCK, TILE)):
+            rows, inside = slice(start + first, start + first + TILE), slice(first, first + TILE)
+            aim = wanted[inside] + from_later(rows, slice(rows.stop, group.stop))
+            errors[rows] = target[inside] - encode_rows(rows, aim)

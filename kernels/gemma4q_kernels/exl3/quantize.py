@@ -1,0 +1,166 @@
+"""One linear, from a dense weight to what the format stores.
+
+regularize -> the best scale, on a sample of tiles -> rotate the Hessian and factor it -> encode 16 inputs at a time,
+with feedback -> decode it all once, for the error that is reported.
+
+Deterministic on one machine. Memory beside the weight: about 5 copies in float32, and with a Hessian 4 of that.
+Not done: a choice of bits, or a second try with other signs.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from gemma4q_kernels.exl3 import cpu
+from gemma4q_kernels.exl3.encode import choose_encoder, encode
+from gemma4q_kernels.exl3.format import BLOCK, TILE, Exl3Weight
+from gemma4q_kernels.exl3.ldlq import encode_with_feedback, feedback_factor
+from gemma4q_kernels.exl3.packing import width_of
+from gemma4q_kernels.exl3.reference import values
+from gemma4q_kernels.exl3.regularize import Regularized, regularize, rotate_hessian
+
+# Of tiles over the codebook's standard deviation: the best is 1.1 at 1 bit and 0.75 at 8, where the few weights
+# beyond the largest value of the codebook cost most.
+_SCALES = (0.6, 1.3)
+_SCALE_TRIALS = 8
+_SAMPLED_TILES = 32
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """A packed linear, and how far it is from the weight it was made of.
+
+    Attributes:
+        weight: of padded sizes; `reconstruct`'s [:in, :out] is the transpose of the weight.
+        nmse: squared error over the sum of squares, of the weight decoded to float32.
+        proxy: the same of outputs, tr(E H E^T) / tr(W H W^T); `nmse` without a Hessian, or with one of zeros.
+    """
+
+    weight: Exl3Weight
+    nmse: float
+    proxy: float
+
+
+def quantize_linear(
+    weight: torch.Tensor,
+    hessian: torch.Tensor | None,
+    bits: float,
+    codebook: str = "mcg",
+    *,
+    seed: int = 0,
+    backend: str = "auto",
+    progress: Callable[[int], object] | None = None,
+) -> Quantized:
+    """Quantize the weight of a linear.
+
+    Args:
+        weight: float [out, in], as torch's linears hold it; any sizes.
+        hessian: second moments of its inputs, the sum or mean of x x^T, float32 [in, in]; None: every input counts
+            alike.
+        bits: 1 to 8 a weight; 1.5, 2.5 and 3.5 with codebook mul1 only.
+        codebook: "3inst", "mcg" or "mul1".
+        seed: of the random signs.
+        backend: "auto" or one of `exl3.ENCODERS`.
+        progress: called with numbers of weights as they are done; they sum up to those of `weight`.
+
+    Returns:
+        The packed weight on the device of `weight`, both sizes padded to multiples of 128.
+
+    Raises:
+        ValueError: shapes, dtypes, devices, bits or names that do not fit; numbers that are not finite; a Hessian that
+            is none; a backend that cannot run here.
+    """
+    width = width_of(bits, codebook)
+    _check(weight, hessian)
+    backend = choose_encoder(weight.device, backend).name
+    dense = weight.detach().float().t()
+    regular = regularize(dense, seed)
+    suh = regular.suh(_best_deviation(regular, bits, codebook, backend))
+    factor = None if hessian is None else feedback_factor(rotate_hessian(hessian.float(), suh))
+    inputs, outputs = regular.half_rotated.shape
+    trellis = torch.empty((inputs // TILE, outputs // TILE, width), dtype=torch.int16, device=weight.device)
+
+    def encode_rows(rows: slice, aim: torch.Tensor) -> torch.Tensor:
+        encoded = encode(aim.view(TILE, -1, TILE).transpose(0, 1), bits, codebook, backend=backend)
+        trellis[rows.start // TILE] = encoded.trellis
+        if progress is not None:
+            progress(len(dense[rows]) * dense.shape[1])
+        return encoded.values.transpose(0, 1).flatten(1)
+
+    encode_with_feedback(lambda rows: regular.rotated(suh, rows), (inputs, outputs), factor, encode_rows)
+    packed = Exl3Weight(trellis, suh, regular.svh, codebook)
+    return Quantized(packed, *_errors(packed, dense, hessian))
+
+
+def _check(weight: torch.Tensor, hessian: torch.Tensor | None) -> None:
+    if not weight.is_floating_point() or weight.dim() != 2 or not weight.numel():
+        raise ValueError(f"weight: got {weight.dtype} {tuple(weight.shape)}, expected float [out, in]")
+    if not bool(weight.isfinite().all()):
+        raise ValueError("weight: got NaN or infinity, expected finite numbers")
+    if hessian is None:
+        return
+    size = weight.shape[1]
+    found = (hessian.dtype, tuple(hessian.shape), hessian.device)
+    if found != (torch.float32, (size, size), weight.device):
+        raise ValueError(
+            f"hessian: got {hessian.dtype} {tuple(hessian.shape)} on {hessian.device}, "
+            f"expected torch.float32 [{size}, {size}] on {weight.device}"
+        )
+    if not bool(hessian.isfinite().all()):
+        raise ValueError("hessian: got NaN or infinity, expected finite numbers")
+
+
+def _best_deviation(regular: Regularized, bits: float, codebook: str, backend: str) -> float:
+    """The standard deviation of tiles that is encoded best, by golden-section search on some of them."""
+    sample = _sample(regular)
+    unit = float(values(torch.arange(1 << 16), codebook).double().std())
+
+    def error(scale: float) -> float:
+        scaled = sample * (unit * scale)
+        encoded = encode(scaled, bits, codebook, backend=backend)
+        return float((encoded.values - scaled).square().sum(dtype=torch.float64)) / scale**2
+
+    low, high = _SCALES
+    left, right = high - _GOLDEN * (high - low), low + _GOLDEN * (high - low)
+    at_left, at_right = error(left), error(right)
+    for _ in range(_SCALE_TRIALS - 2):
+        if at_left <= at_right:
+            high, right, at_right = right, left, at_left
+            left = high - _GOLDEN * (high - low)
+            at_left = error(left)
+        else:
+            low, left, at_left = left, right, at_right
+            right = low + _GOLDEN * (high - low)
+            at_right = error(right)
+    return unit * (left if at_left <= at_right else right)
+
+
+def _sample(regular: Regularized) -> torch.Tensor:
+    """Tiles of standard deviation 1 along a diagonal that is wrapped around: float32 [T, 16, 16]."""
+    rows, columns = (size // TILE for size in regular.half_rotated.shape)
+    count = min(_SAMPLED_TILES, rows * columns)
+    tiles = []
+    for index in range(count):
+        row, column = TILE * (index * rows // count), TILE * ((index * columns // count + index) % columns)
+        start = row // BLOCK * BLOCK
+        tall = regular.rotated(regular.input_scales, slice(start, start + BLOCK), slice(column, column + TILE))
+        tiles.append(tall[row - start :][:TILE])
+    return torch.stack(tiles)
+
+
+def _errors(packed: Exl3Weight, dense: torch.Tensor, hessian: torch.Tensor | None) -> tuple[float, float]:
+    """`nmse` and `proxy` of `Quantized`; `dense` is [in, out]."""
+    decoded = cpu.reconstruct(packed, torch.float32)[: dense.shape[0], : dense.shape[1]]
+    error = decoded.sub_(dense)
+    nmse = _ratio(error.square().sum(dtype=torch.float64), dense.square().sum(dtype=torch.float64), 0.0)
+    if hessian is None:
+        return nmse, nmse
+    of_outputs = [((hessian @ each) * each).sum(dtype=torch.float64) for each in (error, dense)]
+    return nmse, _ratio(of_outputs[0], of_outputs[1], nmse)
+
+
+def _ratio(part: torch.Tensor, whole: torch.Tensor, otherwise: float) -> float:
+    return float(part / whole) if float(whole) > 0 else otherwise
