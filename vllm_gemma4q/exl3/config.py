@@ -97,11 +97,9 @@ class Exl3Config(QuantizationConfig):
                 return Exl3MoEMethod(layer.moe_config, facts.experts(prefix))
             return UnquantizedFusedMoEMethod(layer.moe_config)
         if isinstance(layer, LinearBase):
-            return (
-                Exl3LinearMethod(prefix, facts.shards(prefix)) if facts.is_packed(prefix) else UnquantizedLinearMethod()
-            )
+            return Exl3LinearMethod(facts.shards(prefix)) if facts.is_packed(prefix) else UnquantizedLinearMethod()
         if isinstance(layer, ParallelLMHead) and (head := facts.linears.get(LM_HEAD)):
-            return Exl3LMHeadMethod(prefix, [head])
+            return Exl3LMHeadMethod([head])
         return None
 
     def get_name(self) -> str:

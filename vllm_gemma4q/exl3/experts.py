@@ -3,10 +3,14 @@
     y = sum over k of topk_weights * W2[e] (act(gate) * up),   [gate; up] = W13[e] x,   e = topk_ids
 
 Multiplications in the dtype of x, the sum over experts in float32.
+
+Which experts have tokens is known on the CPU only after a GPU is done. A CUDA graph cannot wait for that: while one is
+captured all experts see all tokens. Nor can it compile kernels or keep tables: with each number of rows, every format
+among the experts is run once before.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -45,6 +49,7 @@ class Experts:
     experts: Sequence[Expert]
     hidden: Span
     inner: Span
+    _prepared: set[int] = field(default_factory=set)
 
     def __call__(
         self,
@@ -55,11 +60,24 @@ class Experts:
         expert_map: torch.Tensor | None,
     ) -> torch.Tensor:
         """[T, H] -> [T, H]; arguments as `gemma4q_kernels.grouped_mm` has them. Experts of other ranks add zero."""
-        shares = all_shares if x.is_cuda and torch.cuda.is_current_stream_capturing() else active_shares
+        capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+        if x.is_cuda and not capturing and len(x) not in self._prepared:
+            self._prepared.add(len(x))
+            for expert in self.formats():
+                self._expert(expert, x, activation)
+        shares = all_shares if capturing else active_shares
+        return self.total(x, shares(topk_weights, topk_ids, len(self.experts), expert_map), activation)
+
+    def formats(self) -> Sequence[Expert]:
+        """An expert of each combination of bits and codebooks."""
+        return list({tuple((one.bits, one.codebook) for one in expert): expert for expert in self.experts}.values())
+
+    def total(self, x: torch.Tensor, shares: Iterable[Share], activation: str) -> torch.Tensor:
+        """The sum of what experts compute: [T, H] -> [T, H]."""
         out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-        for share in shares(topk_weights, topk_ids, len(self.experts), expert_map):
+        for share in shares:
             rows = x if share.rows is None else x[share.rows]
-            down = self._expert(self.experts[share.expert], rows, activation).float().mul_(share.weights.unsqueeze(1))
+            down = self._expert(self.experts[share.expert], rows, activation).float() * share.weights.unsqueeze(1)
             if share.rows is None:
                 out.add_(down)
             else:

@@ -14,7 +14,6 @@ from gemma4q_kernels import exl3
 from gemma4q_kernels.exl3.slicing import Span
 from vllm.model_executor.layers.linear import LinearMethodBase
 
-from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.exl3.facts import Packed
 from vllm_gemma4q.exl3.shards import Layout, Part, decode, share
 
@@ -25,12 +24,10 @@ class Exl3LinearMethod(LinearMethodBase):
     """The method of one linear.
 
     Args:
-        prefix: the engine's name of the linear.
         shards: what it consists of, in order; None for one that equals the one before it.
     """
 
-    def __init__(self, prefix: str, shards: Sequence[Packed | None]) -> None:
-        self.prefix = prefix
+    def __init__(self, shards: Sequence[Packed | None]) -> None:
         self.shards = shards
 
     def create_weights(
@@ -43,7 +40,7 @@ class Exl3LinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        rank, ranks = layer.tp_rank, layer.tp_size
+        rank, ranks = int(layer.tp_rank), int(layer.tp_size)  # type: ignore[arg-type]
         inputs = share(input_size, input_size_per_partition, rank, ranks)
         parts: list[Part] = []
         order: list[int] = []
@@ -58,10 +55,6 @@ class Exl3LinearMethod(LinearMethodBase):
 
     def outputs(self, packed: Packed, local: int, rank: int, ranks: int) -> Span:
         """This rank's outputs of a shard, of which each rank holds `local`."""
-        if packed.out_features % local:
-            raise InputError(
-                f"{self.prefix}: got {packed.out_features} outputs on {ranks} ranks, expected a multiple of {local}"
-            )
         return share(packed.out_features, local, rank, ranks)
 
     def _load(

@@ -3,9 +3,6 @@
 Bits may differ from expert to expert and from projection to projection. Parameters, each flat, with this rank's experts
 behind each other (`shards.py`): w13_{trellis, suh, svh} of gate and up, w2_{..} of down. Computed in `experts.py`.
 
-Which experts have tokens is known on the CPU only after the GPU is done. A CUDA graph cannot wait for that, so while
-one is captured all experts see all tokens, which is correct and slow.
-
 Not done: one launch for all experts; LoRA, EPLB.
 """
 

@@ -15,6 +15,7 @@ import torch
 from gemma4q_kernels.exl3 import CODEBOOKS, Exl3Weight
 from gemma4q_kernels.exl3.format import TILE
 from gemma4q_kernels.exl3.slicing import Span, cut
+from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_gemma4q.exl3.facts import INPUT_SIGNS, OUTPUT_SIGNS, TRELLIS, Packed
 
@@ -59,7 +60,7 @@ class Layout:
         """
         for leaf, dtype in _DTYPES.items():
             parameter = torch.nn.Parameter(torch.empty(self.starts[leaf][-1], dtype=dtype), requires_grad=False)
-            parameter.weight_loader = _Loader(leaf, loader)
+            set_weight_attrs(parameter, {"weight_loader": _Loader(leaf, loader)})
             layer.register_parameter(prefix + leaf, parameter)
 
     def load(self, leaf: str, parameter: torch.Tensor, tensor: torch.Tensor, index: int) -> None:
@@ -69,9 +70,13 @@ class Layout:
 
     def weights(self, trellis: torch.Tensor, suh: torch.Tensor, svh: torch.Tensor) -> list[Exl3Weight]:
         """All parts as views of the parameters."""
-        tensors = {TRELLIS: trellis, INPUT_SIGNS: suh, OUTPUT_SIGNS: svh}
         return [
-            Exl3Weight(*(self._view(leaf, flat, index) for leaf, flat in tensors.items()), part.packed.codebook)
+            Exl3Weight(
+                self._view(TRELLIS, trellis, index),
+                self._view(INPUT_SIGNS, suh, index),
+                self._view(OUTPUT_SIGNS, svh, index),
+                part.packed.codebook,
+            )
             for index, part in enumerate(self.parts)
         ]
 
