@@ -46,7 +46,8 @@ def pack(path: torch.Tensor, width: int) -> torch.Tensor:
         int16 [.., 16 K], so that `reference.states` returns `path`.
 
     Raises:
-        ValueError: another shape, dtype or width; no tiles; windows that disagree where they overlap, which no ring can hold.
+        ValueError: another shape, dtype or width; no tiles; windows that disagree where they overlap, which no ring
+            can hold.
     """
     if path.dtype.is_floating_point or path.shape[-1:] != (WINDOWS,) or not path.numel():
         raise ValueError(f"states: got {path.dtype} {tuple(path.shape)}, expected integers [.., {WINDOWS}]")

@@ -10,7 +10,7 @@ A state's own lower bits are the lanes, so minima of the step before are read on
 lanes of a vector where K < 4. Needs numba: `pip install vllm-gemma4q[exl3]`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -23,34 +23,25 @@ from gemma4q_kernels.exl3.reference import values
 from gemma4q_kernels.exl3.vectors import LANES, compiled, fill, reader, smaller, squared_difference_plus, write
 from gemma4q_kernels.exl3.viterbi import STATES
 
-_load = reader(1)
+_load, _read_2, _read_4, _read_8, _read_16 = (reader(times) for times in (1, 2, 4, 8, 16))
 _INFINITY = np.float32(np.inf)
 
 
 def search(tiles: torch.Tensor, width: int, codebook: str) -> torch.Tensor:
     """See `viterbi.search`: float32 [T, 256] on the CPU to int64 [T, 256]. Threads are as many as torch's."""
-    bits = step_bits(width)
-    run = _searcher(bits[0], bits[1])
+    bits = step_bits(width)[:2]
     tables = _tables(bits[0], bits[1], codebook)
-    source = np.ascontiguousarray(tiles.numpy(), dtype=np.float32)
+    source = np.ascontiguousarray(tiles.numpy())
     paths = np.empty(source.shape, dtype=np.int64)
     workers = min(torch.get_num_threads(), len(source))
 
-    def work(first: int) -> None:
-        room = np.empty((WINDOWS + 1, STATES >> min(bits[:2])), dtype=np.float32)
-        run(source[first::workers], *tables, room, paths[first::workers])
+    def work(part: np.ndarray, path: np.ndarray) -> None:
+        room = np.empty((WINDOWS + 1, STATES >> min(bits)), dtype=np.float32)
+        _run(part, bits[0], bits[1], *tables, room, path)
 
-    if workers == 1:
-        work(0)
-    else:
-        with ThreadPoolExecutor(workers) as pool:
-            _wait(pool.map(work, range(workers)))
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(work, np.array_split(source, workers), np.array_split(paths, workers)))
     return torch.from_numpy(paths)
-
-
-def _wait(results: Iterable[None]) -> None:
-    for _ in results:
-        pass
 
 
 @cache
@@ -61,18 +52,18 @@ def _tables(first: int, second: int, codebook: str) -> tuple[np.ndarray, np.ndar
     return plain.numpy(), ordered[0], ordered[1]
 
 
-def _stepper(added: int, leaving: int) -> Callable[..., Any]:
-    """A step of windows that add so many bits, where the next ones add `leaving`."""
-    read = reader(min(1 << added, LANES))
-    groups, candidates, stride = STATES >> leaving >> 4, 1 << leaving, STATES >> leaving >> added
+def _stepper(read: Callable[..., Any]) -> Callable[..., Any]:
+    """A step of windows that add `added` bits, where the next ones add `leaving`."""
 
-    def step(minima: Any, values: Any, target: Any, result: Any) -> None:
+    def step(minima: Any, added: Any, leaving: Any, values: Any, target: Any, result: Any) -> None:
         aim = fill(target)
-        for group in range(groups):
+        candidates, stride = 1 << leaving, STATES >> leaving >> added
+        for group in range(STATES >> leaving >> 4):
             best = fill(_INFINITY)
             kept = (group * LANES) >> added
+            start = group * candidates * LANES
             for highest in range(candidates):
-                value = _load(values, (group * candidates + highest) * LANES)
+                value = _load(values, start + highest * LANES)
                 before = read(minima, highest * stride + kept)
                 best = smaller(squared_difference_plus(value, aim, before), best)
             write(result, group * LANES, best)
@@ -80,43 +71,60 @@ def _stepper(added: int, leaving: int) -> Callable[..., Any]:
     return compiled(step)
 
 
-@cache
-def _searcher(first: int, second: int) -> Callable[..., Any]:
-    """The search for tiles whose windows add `first` and `second` bits in turn, compiled when it is first called."""
-    even, odd = _stepper(first, second), _stepper(second, first)
-    half = WINDOWS // 2
+_step_2, _step_4, _step_8, _step_16 = (_stepper(read) for read in (_read_2, _read_4, _read_8, _read_16))
 
-    def forward(tile: Any, turn: int, after_even: Any, after_odd: Any, room: Any) -> None:
-        for t in range(0, WINDOWS, 2):
-            even(room[t], after_even, tile[(t + turn) % WINDOWS], room[t + 1])
-            odd(room[t + 1], after_odd, tile[(t + 1 + turn) % WINDOWS], room[t + 2])
 
-    def backward(tile: Any, turn: int, table: Any, room: Any, kept: Any, last: int, path: Any) -> Any:
-        for t in range(WINDOWS - 1, last - 1, -1):
-            added, leaving = (second, first) if t % 2 else (first, second)
-            target, least, state = tile[(t + turn) % WINDOWS], _INFINITY, kept
-            for highest in range(1 << leaving):
-                candidate = (highest << (STATE_BITS - leaving)) | kept
-                difference = table[candidate] - target
-                cost = difference * difference + room[t, candidate >> added]
-                if cost < least:
-                    least, state = cost, candidate
-            path[t] = state
-            kept = state >> added
-        return kept
+@compiled
+def _step(minima: Any, added: Any, leaving: Any, values: Any, target: Any, result: Any) -> None:
+    if added == 1:
+        _step_2(minima, added, leaving, values, target, result)
+    elif added == 2:
+        _step_4(minima, added, leaving, values, target, result)
+    elif added == 3:
+        _step_8(minima, added, leaving, values, target, result)
+    else:
+        _step_16(minima, added, leaving, values, target, result)
 
-    forward, backward = compiled(forward), compiled(backward)
 
-    def run(tiles: Any, table: Any, after_even: Any, after_odd: Any, room: Any, paths: Any) -> None:
-        starts = STATES >> first
-        for index in range(len(tiles)):
-            tile, path = tiles[index], paths[index]
-            room[0, :starts] = 0
-            forward(tile, half, after_even, after_odd, room)
-            ends = backward(tile, half, table, room, np.argmin(room[WINDOWS, :starts]), half, path)
-            room[0, :starts] = _INFINITY
-            room[0, ends] = 0
-            forward(tile, 0, after_even, after_odd, room)
-            backward(tile, 0, table, room, ends, 0, path)
+@compiled
+def _forward(tile: Any, turn: Any, first: Any, second: Any, after_even: Any, after_odd: Any, room: Any) -> None:
+    """The minima that go on from every window, to the room behind those that enter it."""
+    for t in range(0, WINDOWS, 2):
+        _step(room[t], first, second, after_even, tile[(t + turn) % WINDOWS], room[t + 1])
+        _step(room[t + 1], second, first, after_odd, tile[(t + 1 + turn) % WINDOWS], room[t + 2])
 
-    return compiled(run)
+
+@compiled
+def _backward(
+    tile: Any, turn: Any, first: Any, second: Any, table: Any, room: Any, kept: Any, last: Any, path: Any
+) -> Any:
+    """From what the ring leaves behind, the way back to window `last`; returns what that keeps of the one before."""
+    for t in range(WINDOWS - 1, last - 1, -1):
+        added, leaving = (second, first) if t % 2 else (first, second)
+        target, least, state = tile[(t + turn) % WINDOWS], _INFINITY, kept
+        for highest in range(1 << leaving):
+            candidate = (highest << (STATE_BITS - leaving)) | kept
+            difference = table[candidate] - target
+            cost = difference * difference + room[t, candidate >> added]
+            if cost < least:
+                least, state = cost, candidate
+        path[t] = state
+        kept = state >> added
+    return kept
+
+
+@compiled
+def _run(
+    tiles: Any, first: Any, second: Any, table: Any, after_even: Any, after_odd: Any, room: Any, paths: Any
+) -> None:
+    """The search for tiles whose windows add `first` and `second` bits in turn."""
+    half, starts = WINDOWS // 2, STATES >> first
+    for index in range(len(tiles)):
+        tile, path = tiles[index], paths[index]
+        room[0, :starts] = 0
+        _forward(tile, half, first, second, after_even, after_odd, room)
+        ends = _backward(tile, half, first, second, table, room, np.argmin(room[WINDOWS, :starts]), half, path)
+        room[0, :starts] = _INFINITY
+        room[0, ends] = 0
+        _forward(tile, 0, first, second, after_even, after_odd, room)
+        _backward(tile, 0, first, second, table, room, ends, 0, path)
