@@ -13,15 +13,20 @@ _COUNTERS = ("parameters", "quantized", "bytes_before", "bytes_after")
 
 
 def summarize(steps: Iterable[Step]) -> dict[str, dict[str, int]]:
-    """Counters by role (`Role` values), plus `total`; a parameter is quantized when its step transforms it."""
+    """Counters by role (`Role` values) of what is written, plus `total`; a parameter is quantized unless it is copied.
+
+    Source bytes that two steps read, as an embedding that also becomes the output layer, count for the first one.
+    """
     table: dict[str, dict[str, int]] = {}
+    read: set[tuple[str, object]] = set()
     for step in steps:
-        row = table.setdefault(role_of(step.source.name).value, dict.fromkeys(_COUNTERS, 0))
+        row = table.setdefault(role_of(next(step.written).name).value, dict.fromkeys(_COUNTERS, 0))
         parameters = step.source_bytes // DTYPE_BYTES[step.source.dtype]
         row["parameters"] += parameters
-        row["quantized"] += parameters if step.transform is not None else 0
-        row["bytes_before"] += step.source_bytes
+        row["quantized"] += 0 if step.is_copy else parameters
+        row["bytes_before"] += 0 if (step.source.name, step.spans) in read else step.source_bytes
         row["bytes_after"] += step.output_bytes
+        read.add((step.source.name, step.spans))
     order = [role.value for role in Role if role.value in table]
     result: dict[str, dict[str, int]] = {role: table[role] for role in order}
     result["total"] = {key: sum(row[key] for row in result.values()) for key in _COUNTERS}

@@ -156,6 +156,14 @@ class Statistics:
         name = f"{self._stored(module)}.{_HESSIAN}"
         return self._tensor(name) if name in self._names else None
 
+    def hessian_shape(self, module: str) -> tuple[int, ...] | None:
+        """From the header alone; None where the file was made without."""
+        name = f"{self._stored(module)}.{_HESSIAN}"
+        if name not in self._names:
+            return None
+        with safe_open(self.path, "numpy") as file:
+            return tuple(file.get_slice(name).get_shape())
+
     def routing(self, experts: str) -> Routing:
         """Raises InputError: the file has nothing for that layer."""
         if experts not in self.experts:

@@ -28,7 +28,9 @@ class Conversion:
     `steps` are in the order of their sources' bytes; `config` is the new config.json; `summary` goes into the
     manifest as it is, and so do `details`, which may name every tensor. Steps may also take tensors from `base`,
     a second checkpoint of which nothing else is read. `files` are small ones to be written beside the weights, by
-    name, in place of the source's of that name.
+    name, in place of the source's of that name. `settings` decide the output beside the steps, and `reads` are other
+    files that do: a resumed run must share both. `conclude` turns the notes of all steps that compute into more
+    details.
     """
 
     scheme: str
@@ -40,6 +42,9 @@ class Conversion:
     details: Mapping[str, Any] = field(default_factory=dict)
     base: Checkpoint | None = None
     files: Mapping[str, bytes] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    reads: Sequence[Path] = ()
+    conclude: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
 
     @cached_property
     def shards(self) -> list[Shard]:
@@ -70,6 +75,8 @@ class Conversion:
             "scheme": self.scheme,
             "plan": _sha256(decided.encode()),
             "source": _stamps(files),
+            **({"settings": dict(self.settings)} if self.settings else {}),
+            **({"read": _stamps(self.reads)} if self.reads else {}),
         }
         return identity if self.base is None else {**identity, "base": _stamps(self.base.shards)}
 
@@ -153,6 +160,10 @@ def _manifest(
         hashes[path.name] = _sha256(path.read_bytes())
     outputs = {name: {"bytes": file.n_bytes, "sha256": file.sha256} for name, file in sorted(run.finished.items())}
     outputs[CONFIG] = {"bytes": len(config), "sha256": _sha256(config)}
+    details = dict(conversion.details)
+    if conversion.conclude is not None:
+        notes = {key: note for file in run.finished.values() for key, note in file.notes.items()}
+        details |= conversion.conclude(notes)
     return {
         "identity": run.identity,
         "command": list(command),
@@ -162,7 +173,7 @@ def _manifest(
             **{name: metadata.version(name) for name in _DEPENDENCIES},
         },
         "summary": conversion.summary,
-        **({"details": conversion.details} if conversion.details else {}),
+        **({"details": details} if details else {}),
         "source": {
             name: {"bytes": (folder / name).stat().st_size, "sha256": digest} for name, digest in sorted(hashes.items())
         },

@@ -2,6 +2,7 @@
 
 Without a transform a step's bytes are copied. With one, blocks of rows become one array per output: the first
 is written as it comes, the others (scales) when the step ends, and behind them constants that the plan knows already.
+A step that computes is held whole, alone, and with as many of torch's threads as the process has.
 
 Three stages overlap: a thread reads and hashes the source, the caller's thread transforms, a thread
 hashes and writes. They share `_BUFFERS` blocks of memory that are allocated once: fresh memory for each
@@ -9,14 +10,16 @@ block would cost more in page faults than the arithmetic does.
 """
 
 import contextlib
+import itertools
 import math
 import mmap
 import queue
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,10 +27,10 @@ from vllm_gemma4q.checkpoint.direct_io import DirectReader, aligned_buffer, fits
 from vllm_gemma4q.checkpoint.hashing import HashingReader, HashingWriter
 from vllm_gemma4q.checkpoint.header import DTYPE_BYTES
 from vllm_gemma4q.checkpoint.run import Run
-from vllm_gemma4q.checkpoint.steps import OutputTensor, Shard, Step
+from vllm_gemma4q.checkpoint.steps import Computed, OutputTensor, Progress, Shard, Step
 from vllm_gemma4q.errors import InputError
 
-Progress = Callable[[int], object]
+__all__ = ["BLOCK_BYTES", "Progress", "rewrite"]
 
 BLOCK_BYTES = 4 << 20
 # One being read, one being transformed, its result, two being written.
@@ -35,7 +38,7 @@ _BUFFERS = 5
 _ALIGNMENT = 64
 _TORCH_DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "I8": torch.int8,
-    "F8_E4M3": torch.float8_e4m3fn,
+    "I16": torch.int16, "F8_E4M3": torch.float8_e4m3fn,
 }  # fmt: skip
 
 
@@ -58,26 +61,27 @@ def rewrite(shards: Sequence[Shard], run: Run, progress: Progress, hashed: Colle
         for path in sorted({step.source.path for shard in shards for step in shard.steps} | set(hashed)):
             files[path] = HashingReader(path) if path in hashed else DirectReader(path)
             stack.callback(files[path].close)
-        stack.enter_context(_one_torch_thread())
+        threads = torch.get_num_threads()
+        stack.enter_context(_torch_threads(1))
         reader = stack.enter_context(ThreadPoolExecutor(1, "reader"))
         writer = stack.enter_context(ThreadPoolExecutor(1, "writer"))
-        pipeline = _Pipeline(reader, writer, files, progress)
+        pipeline = _Pipeline(reader, writer, files, progress, threads)
         for shard in shards:
             if shard.name in run.finished:
                 progress(sum(step.source_bytes for step in shard.steps))
                 continue
             with run.writing(shard.name) as output:
-                pipeline.write(shard, output)
-            run.record(shard.name)
+                notes = pipeline.write(shard, output)
+            run.record(shard.name, notes)
         whole = {path: file for path, file in files.items() if isinstance(file, HashingReader)}
         return {path: reader.submit(file.finish).result() for path, file in whole.items()}
 
 
 @contextlib.contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """The three stages are the parallelism: more threads in the middle one only take cores from hashing and I/O."""
+def _torch_threads(count: int) -> Iterator[None]:
+    """One while blocks stream: the three stages are the parallelism, and more only take cores from hashing and I/O."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
         yield
     finally:
@@ -102,7 +106,7 @@ class _Block:
         return (self.start - source.start) // (source.row_length * DTYPE_BYTES[source.dtype])
 
 
-def _blocks(steps: Sequence[Step]) -> Iterator[_Block]:
+def _blocks(steps: Iterable[Step]) -> Iterator[_Block]:
     for step in steps:
         size = BLOCK_BYTES
         if step.transform is not None:
@@ -122,17 +126,47 @@ class _Pipeline:
         writer: ThreadPoolExecutor,
         files: Mapping[Path, HashingReader | DirectReader],
         progress: Progress,
+        threads: int,
     ):
         self._reader, self._writer = reader, writer
         self._files, self._progress = files, progress
+        self._threads = threads
         self._buffers: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
         for _ in range(_BUFFERS):
             self._buffers.put(aligned_buffer(BLOCK_BYTES))
 
-    def write(self, shard: Shard, output: HashingWriter) -> None:
-        """Write a shard's header and tensors; returns when all bytes are with the operating system."""
+    def write(self, shard: Shard, output: HashingWriter) -> dict[str, Any]:
+        """Write a shard's header and tensors; returns its steps' notes when all bytes are with the operating system."""
+        notes: dict[str, Any] = {}
         output.write(shard.header())
-        blocks = _blocks(shard.steps)
+        for computes, steps in itertools.groupby(shard.steps, key=lambda step: step.compute is not None):
+            if not computes:
+                self._stream(steps, output)
+                continue
+            for step in steps:
+                notes |= self._compute(step, output)
+        return notes
+
+    def _compute(self, step: Step, output: HashingWriter) -> Mapping[str, Any]:
+        """Carry out a step that needs all its rows; nothing else is read or written meanwhile."""
+        assert step.compute is not None
+        ((start, stop),) = step.spans
+        block, buffer = _Block(step, start, stop), aligned_buffer(stop - start)
+        data = self._reader.submit(self._files[step.source.path].read, start, stop, buffer).result()
+        rows = torch.frombuffer(data, dtype=_TORCH_DTYPES[step.source.dtype]).view(-1, step.source.row_length)
+        progress = _Counted(self._progress, stop - start)
+        with _torch_threads(self._threads):
+            try:
+                computed = step.compute(rows, progress)
+            except ValueError as error:
+                raise _refused(block, error) from error
+        for chunk in _checked(step, computed):
+            output.write(chunk)
+        progress.complete()
+        return computed.notes
+
+    def _stream(self, steps: Iterable[Step], output: HashingWriter) -> None:
+        blocks = _blocks(steps)
         writes: deque[Future[None]] = deque()
         trailing: list[list[bytes]] = []
         try:
@@ -164,7 +198,7 @@ class _Pipeline:
         try:
             block.step.transform(rows, out)
         except ValueError as error:
-            raise InputError(f"tensor {block.step.source.name}, from row {block.first_row}: {error}") from error
+            raise _refused(block, error) from error
         finally:
             self._buffers.put(buffer)
         first, *others = (memoryview(target)[start:stop] for start, stop in spans)
@@ -188,6 +222,35 @@ class _Pipeline:
                 output.write(chunk)
         finally:
             self._buffers.put(buffer)
+
+
+class _Counted:
+    """Progress of one step, which in the end has consumed exactly its bytes."""
+
+    def __init__(self, progress: Progress, total: int):
+        self._progress, self._left = progress, total
+
+    def __call__(self, n_bytes: int) -> None:
+        count = min(n_bytes, self._left)
+        self._left -= count
+        if count:
+            self._progress(count)
+
+    def complete(self) -> None:
+        """Report what has not been reported."""
+        self(self._left)
+
+
+def _refused(block: _Block, error: ValueError) -> InputError:
+    return InputError(f"tensor {block.step.source.name}, from row {block.first_row}: {error}")
+
+
+def _checked(step: Step, computed: Computed) -> Iterator[memoryview | bytes]:
+    """The bytes of a step's outputs and constants, in order; a computation that breaks its promise is a bug."""
+    for wanted, tensor in zip(step.outputs, computed.tensors, strict=True):
+        assert (tensor.dtype, tuple(tensor.shape)) == (_TORCH_DTYPES[wanted.dtype], wanted.shape), wanted.name
+        yield memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    yield from (constant.data for constant in step.constants)
 
 
 def _at_least(size: int, buffer: mmap.mmap) -> mmap.mmap:

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -37,11 +37,15 @@ class WriteError(InputError):
 
 @dataclass(frozen=True)
 class FinishedFile:
-    """One output file as it lies on disk."""
+    """One output file as it lies on disk.
+
+    `notes` are JSON values that a resumed run needs again: what was found while the file was made.
+    """
 
     name: str
     n_bytes: int
     sha256: str
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Run:
@@ -116,8 +120,10 @@ class Run:
             self._sync_folder()
         self.finished[name] = FinishedFile(name, hashing.n_bytes, hashing.sha256.hexdigest())
 
-    def record(self, name: str) -> None:
+    def record(self, name: str, notes: Mapping[str, Any] | None = None) -> None:
         """Note in the journal that a shard is finished, so that a resumed run skips it."""
+        if notes:
+            self.finished[name] = replace(self.finished[name], notes=notes)
         self._append(asdict(self.finished[name]))
 
     def write_bytes(self, name: str, content: bytes) -> None:

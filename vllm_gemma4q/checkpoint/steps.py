@@ -1,18 +1,22 @@
 """What a conversion is made of: steps, each from one source tensor to tensors of the output, packed into shards.
 
 A step takes a whole source tensor, a range of its rows, or slices along its first axis, and yields one or more
-output tensors that lie behind each other in the output. `rewrite.py` carries steps out.
+output tensors that lie behind each other in the output. It copies, transforms block by block, or computes from all its
+rows at once. `rewrite.py` carries steps out.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from vllm_gemma4q.checkpoint.header import DTYPE_BYTES, TensorInfo, write_header
 
+Progress = Callable[[int], object]
 Transform = Callable[[torch.Tensor, Sequence[torch.Tensor]], object]
+Compute = Callable[[torch.Tensor, Progress], "Computed"]
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -38,6 +42,19 @@ class Constant:
     data: bytes
 
 
+@dataclass(frozen=True, eq=False)
+class Computed:
+    """What a step made of all its rows.
+
+    Attributes:
+        tensors: one per output of the step, of its dtype and shape.
+        notes: JSON values by a name that is the step's own; the journal keeps them for the manifest.
+    """
+
+    tensors: Sequence[torch.Tensor]
+    notes: Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class Step:
     """What becomes of one source tensor, of its rows `first_row` to `last_row` (excluded), or of `slices` of it.
@@ -47,6 +64,10 @@ class Step:
     is reported with the source tensor's name. `constants` are written behind the outputs; without rows and outputs
     they are all there is. `slices` are ranges of the first axis (start, stop), ascending, whose bytes become one
     output; no transform takes them.
+
+    `compute(rows, progress)`, in the place of a transform, gets all rows at once, `[rows, row_length]`, may work long,
+    and says now and then how many source bytes are done; its ValueError is reported likewise.
+    Steps of different `group` never share a shard, so that what is done of a group survives a kill.
     """
 
     source: TensorInfo
@@ -56,10 +77,19 @@ class Step:
     last_row: int | None = None
     constants: tuple[Constant, ...] = ()
     slices: tuple[tuple[int, int], ...] = ()
+    compute: Compute | None = None
+    group: str = ""
 
     def __post_init__(self) -> None:
-        if self.slices and self.transform is not None:
+        if self.slices and not self.is_copy:
             raise ValueError(f"{self.source.name}: slices are copied, got a transform")
+        if self.transform is not None and self.compute is not None:
+            raise ValueError(f"{self.source.name}: got a transform and a computation, expected one of them")
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the source's bytes are written as they are."""
+        return self.transform is None and self.compute is None
 
     @property
     def written(self) -> Iterator[OutputTensor]:
@@ -109,7 +139,8 @@ def pack(steps: Sequence[Step], max_shard_bytes: int = MAX_SHARD_BYTES) -> list[
     """Distribute steps over shards in order; a step is never split, so one larger than a shard stands alone."""
     shards = [Shard()]
     for step in steps:
-        if shards[-1].steps and shards[-1].n_bytes + step.output_bytes > max_shard_bytes:
+        full = shards[-1].n_bytes + step.output_bytes > max_shard_bytes
+        if shards[-1].steps and (full or shards[-1].steps[-1].group != step.group):
             shards.append(Shard())
         shards[-1].steps.append(step)
         shards[-1].n_bytes += step.output_bytes

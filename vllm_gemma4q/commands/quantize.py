@@ -6,24 +6,22 @@ import sys
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.filesize import decimal
 
 from vllm_gemma4q.checkpoint import Checkpoint, open_checkpoint
 from vllm_gemma4q.checkpoint.convert import Conversion, convert
+from vllm_gemma4q.commands.model import Device
 from vllm_gemma4q.commands.progress import byte_bar
+from vllm_gemma4q.commands.quantize_report import print_report, report
 from vllm_gemma4q.errors import InputError
+from vllm_gemma4q.exl3 import quantize as exl3
 from vllm_gemma4q.fp8_static import quantize as fp8_static
 from vllm_gemma4q.fp8_static.format import Granularity
 from vllm_gemma4q.fp8_static.scales import Rule
 from vllm_gemma4q.quark_int8 import quantize as quark_int8
 from vllm_gemma4q.sizes import parse_size
-from vllm_gemma4q.summary import to_table
-
-_DETAILS = ("rules", "fallbacks", "clipped", "underflowed")
 
 
 class Scheme(StrEnum):
@@ -31,6 +29,23 @@ class Scheme(StrEnum):
 
     QUARK_INT8 = "quark-int8"
     FP8_STATIC = "fp8-static"
+    EXL3 = "exl3"
+
+
+class Codebook(StrEnum):
+    """EXL3's."""
+
+    MCG = "mcg"
+    MUL1 = "mul1"
+    THREE_INST = "3inst"
+
+
+_FP8, _EXL3 = "Options of fp8-static", "Options of exl3"
+_USES = {
+    Scheme.QUARK_INT8: frozenset(),
+    Scheme.FP8_STATIC: frozenset({"--statistics", "--activation-scale", "--weight-scale", "--weights"}),
+    Scheme.EXL3: frozenset({"--statistics", "--no-hessian", "--bits", "--head-bits", "--codebook", "--device"}),
+}
 
 
 def command(
@@ -40,21 +55,45 @@ def command(
         Scheme,
         typer.Option(
             help="quark-int8: W8A8, per-channel weights, per-token activations. "
-            "fp8-static: E4M3, scales from --statistics."
+            "fp8-static: E4M3, scales from --statistics. exl3: a trellis of 1 to 8 bits, by --statistics with Hessians."
         ),
     ],
     statistics: Annotated[
-        Path | None, typer.Option(metavar="STATS", help="fp8-static: what gemma4q calibrate wrote for SRC.")
+        Path | None,
+        typer.Option(metavar="STATS", help="fp8-static, exl3 (with --hessians): what gemma4q calibrate wrote for SRC."),
     ] = None,
     activation_scale: Annotated[
-        Rule | None, typer.Option(help="fp8-static: how input scales follow from the statistics.  [default: absmax]")
+        Rule | None,
+        typer.Option(help="How input scales follow from the statistics.", show_default="absmax", rich_help_panel=_FP8),
     ] = None,
     weight_scale: Annotated[
-        Rule | None, typer.Option(help="fp8-static: how weight scales are chosen.  [default: absmax]")
+        Rule | None, typer.Option(help="How weight scales are chosen.", show_default="absmax", rich_help_panel=_FP8)
     ] = None,
     weights: Annotated[
         Granularity | None,
-        typer.Option(help="fp8-static: what shares a weight scale; MoE: per-tensor only.  [default: per-tensor]"),
+        typer.Option(
+            help="What shares a weight scale; MoE: per-tensor only.", show_default="per-tensor", rich_help_panel=_FP8
+        ),
+    ] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(help="Bits a weight in all layers, 1 to 8, such as 3.5.", rich_help_panel=_EXL3),
+    ] = None,
+    head_bits: Annotated[
+        int | None,
+        typer.Option(help="Bits a weight of the output layer; 16: leave it.", show_default="6", rich_help_panel=_EXL3),
+    ] = None,
+    codebook: Annotated[
+        Codebook | None, typer.Option(help="What trellis states stand for.", show_default="mcg", rich_help_panel=_EXL3)
+    ] = None,
+    no_hessian: Annotated[
+        bool | None,
+        typer.Option(
+            "--no-hessian", help="Without --statistics: round every weight for itself.", rich_help_panel=_EXL3
+        ),
+    ] = None,
+    device: Annotated[
+        Device | None, typer.Option(help="Where to compute.", show_default="cpu", rich_help_panel=_EXL3)
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     max_shard_size: Annotated[
@@ -63,30 +102,43 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Quantize a checkpoint file to file, a few rows in memory at a time. Run it again to resume."""
-    source_checkpoint, max_bytes = open_checkpoint(source), parse_size(max_shard_size)
+    checkpoint, max_bytes = open_checkpoint(source), parse_size(max_shard_size)
+    given = {
+        "--statistics": statistics,
+        "--activation-scale": activation_scale,
+        "--weight-scale": weight_scale,
+        "--weights": weights,
+        "--bits": bits,
+        "--head-bits": head_bits,
+        "--codebook": codebook,
+        "--no-hessian": no_hessian,
+        "--device": device,
+    }
+    _refuse_others(scheme, given)
     if scheme is Scheme.QUARK_INT8:
-        given = {
-            "--statistics": statistics,
-            "--activation-scale": activation_scale,
-            "--weight-scale": weight_scale,
-            "--weights": weights,
-        }
-        _refuse(scheme, given)
-        conversion = quark_int8.plan(source_checkpoint, max_bytes)
-    else:
-        options = fp8_static.Options(
+        conversion = quark_int8.plan(checkpoint, max_bytes)
+    elif scheme is Scheme.FP8_STATIC:
+        rules = fp8_static.Options(
             activation_scale or Rule.ABSMAX, weight_scale or Rule.ABSMAX, weights or Granularity.TENSOR
         )
-        conversion = _plan_fp8(source_checkpoint, statistics, options, max_bytes)
+        conversion = _plan_fp8(checkpoint, statistics, rules, max_bytes)
+    else:
+        if bits is None:
+            raise InputError("--scheme exl3: --bits is missing, expected 1 to 8, such as 3.5")
+        _require_hessians(statistics, bool(no_hessian))
+        wanted = exl3.Options(
+            bits, 6 if head_bits is None else head_bits, (codebook or Codebook.MCG).value, (device or Device.CPU).value
+        )
+        conversion = exl3.plan(checkpoint, wanted, statistics, max_bytes)
     written = False
     if not dry_run:
         with byte_bar(conversion.source_bytes, scheme.value) as bar:
             written = convert(conversion, target, ["gemma4q", *sys.argv[1:]], bar.update)
-    report = _report(conversion, target)
+    found = report(conversion, target, complete=not dry_run)
     if as_json:
-        print(json.dumps({**report, "written": written}))
+        print(json.dumps({**found, "written": written}))
         return
-    _print(report)
+    print_report(found)
     if dry_run:
         print("Nothing was written (--dry-run).")
     elif written:
@@ -104,31 +156,19 @@ def _plan_fp8(
         return fp8_static.plan(source, statistics, options, bar.update, max_shard_bytes)
 
 
-def _refuse(scheme: Scheme, options: Mapping[str, object]) -> None:
+def _require_hessians(statistics: Path | None, no_hessian: bool) -> None:
+    if no_hessian and statistics is not None:
+        raise InputError(f"--no-hessian: got --statistics {statistics} too, expected one of them")
+    if statistics is None and not no_hessian:
+        raise InputError(
+            "--scheme exl3: --statistics is missing, expected what gemma4q calibrate --hessians wrote "
+            "(or --no-hessian, which costs quality)"
+        )
+
+
+def _refuse_others(scheme: Scheme, given: Mapping[str, object]) -> None:
     """Options of other schemes do nothing here, and nobody should think they did."""
-    for name, value in options.items():
-        if value is not None:
-            raise InputError(f"{name}: got {value}, expected nothing: --scheme {scheme.value} does not use it")
-
-
-def _report(conversion: Conversion, target: Path) -> dict[str, Any]:
-    return {
-        "scheme": conversion.scheme,
-        "source": str(conversion.source.folder),
-        "target": str(target),
-        "shards": len(conversion.shards),
-        "source_bytes": sum(path.stat().st_size for path in conversion.source.shards),
-        "output_bytes": conversion.output_bytes,
-        "roles": conversion.summary,
-        **{key: conversion.details[key] for key in _DETAILS if key in conversion.details},
-    }
-
-
-def _print(report: dict[str, Any]) -> None:
-    Console().print(to_table(report["roles"], title=f"{report['source']} -> {report['scheme']}"))
-    before, after = report["source_bytes"], report["output_bytes"]
-    print(f"{decimal(before)} -> {decimal(after)} ({after / before:.1%}) in {report['shards']} file(s)")
-    if "rules" in report:
-        print(f"Weights: {report['clipped']:,} clipped, {report['underflowed']:,} underflowed to zero.")
-    for reason, modules in report.get("fallbacks", {}).items():
-        print(f"Input scale of {len(modules)} linear(s), such as {modules[0]}: {reason}")
+    for name, value in given.items():
+        if value is not None and name not in _USES[scheme]:
+            got = "it" if value is True else value
+            raise InputError(f"{name}: got {got}, expected nothing: --scheme {scheme.value} does not use it")
