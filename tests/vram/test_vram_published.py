@@ -1,6 +1,7 @@
 """Published and hand-derived figures: the EXL3 card's 25 cells, and what the two models' caches must hold, in GiB."""
 
 import pytest
+from tolerances import VRAM_CELL, VRAM_DIGIT
 
 from vllm_gemma4q.benchmark.shapes import MODELS
 from vllm_gemma4q.vram.engines import ExLlamaV3, Request, parse_engine
@@ -11,7 +12,6 @@ from vllm_gemma4q.vram.table import rows_of
 from vllm_gemma4q.vram.weights import Part
 
 GIB = 2**30
-CELL, ROUNDED = 0.02, 0.0051  # GiB; the second is half of the last printed digit
 EXL3_CONTEXTS = [1024 * 2**power for power in range(1, 6)]
 EXL3_31B = {
     (3.5, 6): (19.15, 20.87, 24.3, 31.18, 44.93),
@@ -34,19 +34,19 @@ LEAST = {
 def test_the_25_cells_of_the_published_exl3_table(bits):
     source = plan_source("31B", Scheme.EXL3, *bits)
     [row] = rows_of([source], [ExLlamaV3()], Request(), EXL3_CONTEXTS)
-    assert [row.total(tokens) / GIB for tokens in EXL3_CONTEXTS] == pytest.approx(EXL3_31B[bits], abs=CELL, rel=0)
+    assert [row.total(tokens) / GIB for tokens in EXL3_CONTEXTS] == pytest.approx(EXL3_31B[bits], abs=VRAM_CELL, rel=0)
     parts = {part: size / GIB for part, size in row.weights.items()}
-    assert parts[Part.BODY] + parts[Part.HEAD] == pytest.approx(BODY_AND_HEAD[bits], abs=ROUNDED, rel=0)
+    assert parts[Part.BODY] + parts[Part.HEAD] == pytest.approx(BODY_AND_HEAD[bits], abs=VRAM_DIGIT, rel=0)
     assert parts[Part.EMBEDDING] == 2.625
-    assert parts[Part.VISION] == pytest.approx(1.07, abs=ROUNDED, rel=0)
+    assert parts[Part.VISION] == pytest.approx(1.07, abs=VRAM_DIGIT, rel=0)
 
 
 def test_its_bound_would_show_a_tenth_of_a_bit():
-    """The head a tenth of a bit wider is out of the bound in no cell; the body is, in every one."""
+    """A body of 4.1 bits is out of every cell of 4."""
     source = plan_source("31B", Scheme.EXL3, 4.1, 6)
     [row] = rows_of([source], [ExLlamaV3()], Request(), EXL3_CONTEXTS)
     for tokens, cell in zip(EXL3_CONTEXTS, EXL3_31B[4, 6], strict=True):
-        assert abs(row.total(tokens) / GIB - cell) > CELL
+        assert abs(row.total(tokens) / GIB - cell) > VRAM_CELL
 
 
 def test_that_allocator_takes_901120_bytes_a_token():
@@ -57,7 +57,7 @@ def test_that_allocator_takes_901120_bytes_a_token():
 def test_what_the_cache_must_hold(model, size):
     cache = plan_source(model, Scheme.BF16).cache
     found = [least_bytes(cache, tokens, size) / GIB for tokens in CONTEXTS]
-    assert found == pytest.approx(LEAST[model, size], abs=ROUNDED, rel=0)
+    assert found == pytest.approx(LEAST[model, size], abs=VRAM_DIGIT, rel=0)
 
 
 @pytest.mark.parametrize("model", MODELS)

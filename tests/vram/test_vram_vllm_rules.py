@@ -12,7 +12,7 @@ from vllm_gemma4q.architecture import parse_text_architecture
 from vllm_gemma4q.benchmark.shapes import MODELS
 from vllm_gemma4q.vram.engines import Request, parse_engine
 from vllm_gemma4q.vram.kv_cache import VllmPool, cache_shape
-from vllm_gemma4q.vram.planned import Scheme, published_config
+from vllm_gemma4q.vram.planned import VISION_PARAMETERS, VISION_WIDTH, Scheme, published_config
 from vllm_gemma4q.vram.source import plan_source
 
 GIB = 2**30
@@ -54,7 +54,6 @@ def specs(shape, dtype, ranks=1, block_size=16):
 def test_every_layer_as_its_spec_says(vllm_config, model):
     """The sum over layers of `max_memory_usage_bytes`, where all layers have pages of one block size."""
     import torch
-
     from vllm.v1.core.kv_cache_utils import max_memory_usage_bytes
 
     shape, in_flight = SHAPES[model], vllm_config.max_in_flight_tokens
@@ -70,7 +69,6 @@ def test_every_layer_as_its_spec_says(vllm_config, model):
 def test_pool_as_vllm_plans_it(vllm_config, model, size, ranks):
     """With pages made equal and layers grouped, padding included, for every context and split."""
     import torch
-
     from vllm.v1.core import kv_cache_utils
 
     shape, in_flight = SHAPES[model], vllm_config.max_in_flight_tokens
@@ -87,7 +85,6 @@ def test_pool_as_vllm_plans_it(vllm_config, model, size, ranks):
 
 def test_vllm_starts_with_this_pool_and_not_with_a_byte_less(vllm_config):
     import torch
-
     from vllm.v1.core.kv_cache_utils import check_enough_kv_cache_memory
 
     shape, tokens = SHAPES["31B"], 32768
@@ -122,3 +119,22 @@ def test_block_size_is_vllms(vllm_config):
     from vllm_gemma4q.vram.kv_cache import VLLM_BLOCK_SIZE
 
     assert CacheConfig.DEFAULT_BLOCK_SIZE == VLLM_BLOCK_SIZE
+
+
+def test_planned_vision_tower_is_transformers():
+    import torch
+    from transformers import AutoModel
+    from transformers.models.gemma4 import Gemma4VisionConfig
+
+    config = Gemma4VisionConfig(
+        hidden_size=VISION_WIDTH,
+        intermediate_size=4304,
+        num_hidden_layers=27,
+        num_attention_heads=16,
+        num_key_value_heads=16,
+        head_dim=72,
+        standardize=True,
+    )
+    with torch.device("meta"):
+        tower = AutoModel.from_config(config)
+    assert sum(tensor.numel() for tensor in tower.state_dict().values()) == VISION_PARAMETERS

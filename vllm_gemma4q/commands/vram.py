@@ -15,7 +15,7 @@ from vllm_gemma4q.benchmark.shapes import MODELS
 from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.sizes import parse_size
 from vllm_gemma4q.vram.engines import GIB, NOT_MEASURED, VLLM, Engine, KvDtype, Request, default_engines, parse_engine
-from vllm_gemma4q.vram.planned import Scheme
+from vllm_gemma4q.vram.planned import UNQUANTIZED_BITS, Scheme
 from vllm_gemma4q.vram.plot import context_label, plot_rows
 from vllm_gemma4q.vram.source import Source, open_source, plan_source
 from vllm_gemma4q.vram.table import Row, contexts_of, report, rows_of
@@ -54,7 +54,9 @@ def command(
     ] = None,
     head_bits: Annotated[
         str | None,
-        typer.Option(metavar="B,..", help="Of the output layer, one for all or one for each of --bits.  [default: 6]"),
+        typer.Option(
+            metavar="B,..", help="Of the output layer, one or as many as --bits; 16: the embedding.  [default: 6]"
+        ),
     ] = None,
     vram: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory of one GPU, such as 24GiB: adds the longest context.")
@@ -105,20 +107,22 @@ def _sources(model: str, scheme: Scheme | None, bits: str | None, head_bits: str
         return [plan_source(model, scheme or Scheme.BF16)]
     if scheme not in (None, Scheme.EXL3):
         raise InputError(f"--bits {bits}: expected nothing: --scheme {scheme} does not use it")
-    body, head = _bits("--bits", bits), _bits("--head-bits", head_bits or _DEFAULT_HEAD_BITS)
+    body, head = _bits("--bits", bits), _bits("--head-bits", head_bits or _DEFAULT_HEAD_BITS, unquantized=True)
     head = head * len(body) if len(head) == 1 else head
     if len(head) != len(body):
         raise InputError(f"--head-bits {head_bits}: got {len(head)} values, expected 1 or {len(body)}, as --bits")
     return [plan_source(model, Scheme.EXL3, *pair) for pair in zip(body, head, strict=True)]
 
 
-def _bits(option: str, text: str) -> list[float]:
+def _bits(option: str, text: str, unquantized: bool = False) -> list[float]:
     try:
         values = [float(item) for item in text.split(",")]
     except ValueError:
         values = []
-    if not values or not all(_LEAST_BITS <= value <= _MOST_BITS for value in values):
-        raise InputError(f"{option} {text}: expected numbers from {_LEAST_BITS} to {_MOST_BITS}, such as 3.5,4")
+    also = (UNQUANTIZED_BITS,) if unquantized else ()
+    if not values or not all(_LEAST_BITS <= value <= _MOST_BITS or value in also for value in values):
+        words = f" or {UNQUANTIZED_BITS}" if unquantized else ""
+        raise InputError(f"{option} {text}: expected numbers from {_LEAST_BITS} to {_MOST_BITS}{words}, such as 3.5,4")
     return values
 
 

@@ -11,18 +11,17 @@ from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import Any
 
-from vllm_gemma4q.architecture import (
-    TextArchitecture,
-    is_fused_experts,
-    is_linear_weight,
-)
-from vllm_gemma4q.vram.weights import EXL3_BLOCK, TRELLIS, StoredTensor
+from gemma4q_kernels.exl3.slicing import Span
+
+from vllm_gemma4q.architecture import TextArchitecture, is_fused_experts, is_linear_weight
+from vllm_gemma4q.vram.weights import TRELLIS, StoredTensor
 
 PUBLISHED_WINDOW = 1024
 PUBLISHED_CONTEXT = 262144
 # Of both models (27 layers, 1152 wide, 4304 inside): transformers' Gemma4VisionModel, standardizing, counted.
 VISION_WIDTH = 1152
 VISION_PARAMETERS = 569_548_080 + 2 * VISION_WIDTH
+UNQUANTIZED_BITS = 16
 _BF16, _F16, _F32, _MARKER = 2, 2, 4, 4
 
 
@@ -46,7 +45,8 @@ def planned_tensors(
     """Every tensor of a published model in a format.
 
     Args:
-        bits, head_bits: bits a weight of the body and of the output layer; EXL3 only.
+        bits, head_bits: bits a weight of the body and of the output layer; EXL3 only. A head of `UNQUANTIZED_BITS` is
+            the embedding.
     """
     for name, shape in architecture.shapes():
         if scheme is not Scheme.BF16 and is_linear_weight(name, shape):
@@ -54,7 +54,7 @@ def planned_tensors(
                 yield from _linear(module, out_features, in_features, scheme, bits)
         else:
             yield StoredTensor(name, shape, _BF16 * math.prod(shape))
-    if scheme is Scheme.EXL3:
+    if scheme is Scheme.EXL3 and head_bits < UNQUANTIZED_BITS:
         yield from _linear("lm_head", architecture.vocab_size, architecture.hidden_size, scheme, head_bits)
     projection = (architecture.hidden_size, VISION_WIDTH)
     yield StoredTensor("model.vision_tower.encoder", (VISION_PARAMETERS,), _BF16 * VISION_PARAMETERS)
@@ -76,7 +76,7 @@ def _linears(name: str, shape: tuple[int, ...]) -> Iterator[tuple[str, int, int]
 
 def _linear(module: str, out_features: int, in_features: int, scheme: Scheme, bits: float) -> Iterator[StoredTensor]:
     if scheme is Scheme.EXL3:
-        rows, columns = _blocks(out_features), _blocks(in_features)
+        rows, columns = Span(0, out_features).covered, Span(0, in_features).covered
         yield StoredTensor(module + TRELLIS, (rows, columns), round(rows * columns * bits / 8))
         yield StoredTensor(f"{module}.suh", (columns,), _F16 * columns)
         yield StoredTensor(f"{module}.svh", (rows,), _F16 * rows)
@@ -87,7 +87,3 @@ def _linear(module: str, out_features: int, in_features: int, scheme: Scheme, bi
     yield StoredTensor(f"{module}.weight_scale", (rows,), _F32 * rows)
     if scheme is Scheme.FP8_STATIC:
         yield StoredTensor(f"{module}.input_scale", (), _F32)
-
-
-def _blocks(size: int) -> int:
-    return -(-size // EXL3_BLOCK) * EXL3_BLOCK

@@ -145,10 +145,11 @@ def _gguf_cache(header: Header) -> CacheShape:
             name = f"{GGUF_ARCHITECTURE}.attention.{key}"
             raise InputError(f"{header.path.name}: {name}: got {values!r}, expected {layers} values")
     assert isinstance(pattern, tuple)
+    counts = [int(count) for count in per_layer if isinstance(count, int)]
     wide, narrow = _integer(header, "attention.key_length"), _integer(header, "attention.key_length_swa")
     cached = (
-        CachedLayer(bool(sliding), int(count), narrow if sliding else wide)
-        for sliding, count in list(zip(pattern, per_layer, strict=True))[: layers - shared]
+        CachedLayer(bool(sliding), count, narrow if sliding else wide)
+        for sliding, count in list(zip(pattern, counts, strict=True))[: layers - shared]
     )
     return CacheShape(tuple(cached), _integer(header, "attention.sliding_window"))
 

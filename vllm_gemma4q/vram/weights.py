@@ -4,8 +4,12 @@ Weights are taken as the file holds them. vLLM splits q, k, v, gate and up by ou
 and output layer by vocabulary; the rest is on every rank: norms, router, vision and audio. Scales go with what they
 scale: those of split outputs are split, those of split inputs are not; EXL3's `suh` belongs to inputs, `svh` to
 outputs. Key heads fewer than ranks are repeated. Where V equals K, vLLM loads K twice.
+
+EXL3 is served by this package's plugin, which keeps weights packed, holds one K for both, and gives each rank every
+block of 128 features that it touches: what counts is the rank with most (`gemma4q_kernels.exl3.slicing`).
+
 Source: vLLM 0.32 `model_executor/models/gemma4.py`, `gemma4_mm.py`, `layers/linear.py`.
-Not done here: expert parallelism, what an engine repacks or dequantizes while loading.
+Not done here: expert parallelism, splits of per-layer inputs, what an engine repacks or dequantizes while loading.
 """
 
 import math
@@ -15,16 +19,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from gemma4q_kernels.exl3.slicing import Span
+
 from vllm_gemma4q.architecture import Role, TextArchitecture, layer_index, role_of
 from vllm_gemma4q.errors import InputError
 
 TRELLIS = ".trellis"
-EXL3_BLOCK = 128
 _PARALLEL = re.compile(r"\.(?P<linear>[a-z_]*[a-z]_proj)(?:[._](?P<parameter>[a-z_]+))?$")
 _SPLIT_BY_INPUT = frozenset({"o_proj", "down_proj"})
 _KEY_VALUE = frozenset({"k_proj", "v_proj"})
 _ALWAYS_SPLIT = frozenset({"weight", "trellis"})
 _OF_OUTPUTS, _OF_INPUTS = frozenset({"svh", "sv", "bias"}), frozenset({"suh", "su"})
+_EXL3 = frozenset({"trellis", "suh", "su", "svh", "sv", "mcg", "mul1"})
 
 
 class Part(StrEnum):
@@ -68,13 +74,12 @@ def stored_bytes(tensors: Iterable[StoredTensor]) -> dict[Part, int]:
 
 
 def vllm_bytes(architecture: TextArchitecture, tensors: Iterable[StoredTensor], ranks: int = 1) -> dict[Part, int]:
-    """Bytes of each part on one of vLLM's ranks.
+    """Bytes of each part on one of vLLM's ranks, the one with most.
 
     Raises:
         InputError: something does not divide among the ranks.
     """
-    tensors = list(tensors)
-    _check_ranks(architecture, any(tensor.name.endswith(TRELLIS) for tensor in tensors), ranks)
+    _check_ranks(architecture, ranks)
     sizes: Counter[Part] = Counter()
     for tensor in tensors:
         sizes[_part(tensor)] += _rank_bytes(architecture, tensor, ranks)
@@ -94,18 +99,32 @@ def _rank_bytes(architecture: TextArchitecture, tensor: StoredTensor, ranks: int
     if role is Role.EMBEDDING:
         return -(-tensor.n_bytes // ranks)
     if role is Role.LM_HEAD:
-        is_split = _is_split("lm_head", tensor.name.rpartition(".")[2], tensor.shape)
-        return -(-tensor.n_bytes // ranks) if is_split else tensor.n_bytes
+        return _share(tensor, "lm_head", tensor.name.rpartition(".")[2], architecture.vocab_size, ranks)
     match = _PARALLEL.search(tensor.name)
     if role not in (Role.ATTENTION, Role.MLP, Role.EXPERTS) or match is None:
         return tensor.n_bytes
     linear, parameter = match["linear"], match["parameter"] or "weight"
-    copies, shares = 1, ranks
-    if linear in _KEY_VALUE:
-        layer = architecture.layers[layer_index(tensor.name)]
-        shares = min(ranks, layer.num_key_value_heads)
-        copies = 1 if layer.has_value else 2
-    return copies * -(-tensor.n_bytes // (shares if _is_split(linear, parameter, tensor.shape) else 1))
+    layer = architecture.layers[layer_index(tensor.name)]
+    if role is Role.MLP:
+        return _share(tensor, linear, parameter, layer.intermediate_size, ranks)
+    if role is Role.EXPERTS:
+        return _share(tensor, linear, parameter, architecture.moe_intermediate_size or 0, ranks)
+    if linear not in _KEY_VALUE:
+        return _share(tensor, linear, parameter, architecture.num_attention_heads * layer.head_dim, ranks)
+    heads = layer.num_key_value_heads
+    copies = 1 if layer.has_value or parameter in _EXL3 else 2
+    return copies * _share(tensor, linear, parameter, heads * layer.head_dim, min(ranks, heads))
+
+
+def _share(tensor: StoredTensor, linear: str, parameter: str, features: int, shares: int) -> int:
+    """Bytes of the largest of equal shares of the features by which a linear is split."""
+    if shares == 1 or not _is_split(linear, parameter, tensor.shape):
+        return tensor.n_bytes
+    if parameter not in _EXL3:
+        return -(-tensor.n_bytes // shares)
+    local = features // shares
+    most = max(Span(rank * local, local).covered for rank in range(shares))
+    return -(-tensor.n_bytes * most // Span(0, features).covered)
 
 
 def _is_split(linear: str, parameter: str, shape: tuple[int, ...]) -> bool:
@@ -116,22 +135,17 @@ def _is_split(linear: str, parameter: str, shape: tuple[int, ...]) -> bool:
     return parameter in _OF_OUTPUTS or ("weight_scale" in parameter and math.prod(shape) > 1)
 
 
-def _check_ranks(architecture: TextArchitecture, is_exl3: bool, ranks: int) -> None:
+def _check_ranks(architecture: TextArchitecture, ranks: int) -> None:
     sizes = {"num_attention_heads": architecture.num_attention_heads}
-    features: dict[str, int] = {}
     for layer in architecture.layers:
-        sizes["intermediate_size"] = features["intermediate_size"] = layer.intermediate_size
+        sizes["intermediate_size"] = layer.intermediate_size
         heads = layer.num_key_value_heads
         if heads % ranks and ranks % heads:
-            raise InputError(f"-tp {ranks}: layer {layer.index}: {heads} key heads neither divide nor repeat")
+            raise InputError(
+                f"-tp {ranks}: layer {layer.index} has {heads} key heads, expected a multiple or a divisor of {ranks}"
+            )
     if architecture.moe_intermediate_size is not None:
-        sizes["moe_intermediate_size"] = features["moe_intermediate_size"] = architecture.moe_intermediate_size
+        sizes["moe_intermediate_size"] = architecture.moe_intermediate_size
     for key, size in sizes.items():
         if size % ranks:
             raise InputError(f"-tp {ranks}: {key} = {size} does not divide among {ranks} ranks")
-    for key, size in features.items():
-        blocks = -(-size // EXL3_BLOCK)
-        if is_exl3 and blocks % ranks:
-            raise InputError(
-                f"-tp {ranks}: {key} = {size}: got {blocks} EXL3 blocks of {EXL3_BLOCK}, expected a multiple of {ranks}"
-            )
