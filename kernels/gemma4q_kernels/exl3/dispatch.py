@@ -5,8 +5,8 @@ from gemma4q_kernels.exl3.format import Problem
 
 __all__ = ["BACKENDS", "Choice", "backend_module", "choose"]
 
-_MODULES = {"blocks": "cpu", "reference": "reference"}
-_DISPATCHER = Dispatcher("exl3", Problem, _MODULES, {}, ("blocks",))
+_MODULES = {"triton": "triton", "blocks": "cpu", "reference": "reference"}
+_DISPATCHER = Dispatcher("exl3", Problem, _MODULES, {"cuda": ("triton", "blocks")}, ("blocks",))
 BACKENDS = _DISPATCHER.backends
 backend_module = _DISPATCHER.module
 choose = _DISPATCHER.choose
