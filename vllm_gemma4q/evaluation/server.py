@@ -18,6 +18,7 @@ from vllm_gemma4q.errors import InputError
 
 MODEL_NAME = "model"
 READY_TIMEOUT_SECONDS = 1800
+_STARTUP = "Engine core initialization failed"  # names no reason
 # On a CPU, vLLM would reserve most of the machine's memory for the KV cache. A user's own setting wins.
 CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 
@@ -80,7 +81,7 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", port: int, log: Path) 
     deadline = time.monotonic() + READY_TIMEOUT_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            raise InputError(f"vllm serve: exited with code {process.returncode}; last error: {_last_error(log)}")
+            raise InputError(f"vllm serve: exited with code {process.returncode}; last error: {last_error(log)}")
         with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
             urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
             return
@@ -88,11 +89,16 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", port: int, log: Path) 
     raise InputError(f"vllm serve: not ready after {READY_TIMEOUT_SECONDS} s; see {log}")
 
 
-def _last_error(log: Path) -> str:
+def last_error(log: Path) -> str:
     """The line of the log that says what went wrong: a traceback's last line, else the log's."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line and "Engine core initialization failed" not in line]
-    return f"{(errors or lines or ['nothing printed'])[-1].strip()} (see {log})"
+    errors = [index for index, line in enumerate(lines) if "Error" in line and _STARTUP not in line]
+    if not errors:
+        return f"{(lines or ['nothing printed'])[-1].strip()} (see {log})"
+    found = lines[errors[-1]].strip()
+    if "validation error" in found:  # pydantic's, whose reason is on the next line
+        found = " ".join([found, *lines[errors[-1] + 1 : errors[-1] + 2]]).partition(" [type=")[0]
+    return f"{' '.join(found.split())} (see {log})"
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
