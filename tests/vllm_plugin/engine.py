@@ -59,12 +59,14 @@ class Answers:
         tokens: greedy continuation of each prompt, to the end of the turn or `max_tokens`.
         texts: answers about the pictures.
         log: everything printed from its start on, to the start of the next.
+        parameter_bytes: of the loaded model, by dtype; empty where it lives in other processes.
     """
 
     logprobs: tuple[np.ndarray, ...] = field(repr=False)
     tokens: tuple[tuple[int, ...], ...]
     texts: tuple[str, ...]
     log: str = field(repr=False)
+    parameter_bytes: dict[str, int] = field(default_factory=dict, repr=False)
 
 
 def ask(request: Request) -> Answers:
@@ -146,6 +148,7 @@ def _answers(index: int, request: Request, arrays: Any, log: str) -> Answers:
         tuple(tuple(arrays[f"{index}/tokens/{prompt}"].tolist()) for prompt in prompts),
         tuple(arrays[f"{index}/texts"].tolist()),
         log,
+        json.loads(str(arrays[f"{index}/parameter_bytes"])),
     )
 
 

@@ -5,6 +5,7 @@ python engine_process.py REQUESTS.json ANSWERS.npz
 
 import gc
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ def answer(request: dict[str, Any]) -> dict[str, np.ndarray]:
     chats = [_chat(image, question) for image, question in request["pictures"]]
     texts = llm.chat(chats, SamplingParams(temperature=0, max_tokens=8), use_tqdm=False) if chats else []
     arrays["texts"] = np.array([text.outputs[0].text for text in texts])
+    in_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
+    arrays["parameter_bytes"] = np.array(json.dumps(llm.apply_model(_parameter_bytes)[0] if in_process else {}))
     llm.llm_engine.engine_core.shutdown()
     del llm
     cleanup_dist_env_and_memory()
@@ -49,6 +52,15 @@ def _full_vocabulary(positions: list, width: int) -> np.ndarray:
     for row, scores in zip(table, positions, strict=True):
         row[list(scores)] = [score.logprob for score in scores.values()]
     return table
+
+
+def _parameter_bytes(model: Any) -> dict[str, int]:
+    """Of a loaded model, by dtype."""
+    total: dict[str, int] = {}
+    for parameter in model.parameters():
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        total[dtype] = total.get(dtype, 0) + parameter.nbytes
+    return total
 
 
 def _chat(image: str, question: str) -> list[dict]:

@@ -86,6 +86,15 @@ def scale_half(tensors: Tensors, pattern: str, factor: float) -> Tensors:
     return tensors | changed
 
 
+def pack_tower(tensors: Tensors) -> Tensors:
+    """With a linear of the vision tower packed too."""
+    name = "model.vision_tower.encoder.layers.0.mlp.up_proj.linear"
+    shape = tensors[f"{name}.weight"].shape
+    parts = _random(name, (shape[0], shape[1]), "mcg", 96)
+    kept = {key: tensor for key, tensor in tensors.items() if key != f"{name}.weight"}
+    return kept | {f"{name}.{leaf}": tensor for leaf, tensor in parts.items()}
+
+
 def packed_bytes(folder: Path) -> int:
     """Of all packed linears, as the file has them with unpacked signs; keys that are values are there once."""
     total = 0

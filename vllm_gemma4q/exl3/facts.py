@@ -6,6 +6,7 @@ and codebook are its own. The output layer is one too, whatever `tie_word_embedd
 Not served: packed vision towers, biases, routers and embeddings.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
@@ -157,19 +158,19 @@ class _Reader(ModuleReader):
     def _refuse_orphans(self) -> None:
         for module, leaves in self.leaves.items():
             packed = sorted(leaves & _LEAVES)
-            if not packed or module in self.linears or self._is_shared(module):
+            if not packed or module in self.linears:
                 continue
             name = f"{module}.{packed[0]}"
             if role_of(self.full(name)) in (Role.VISION, Role.EMBED_VISION, Role.AUDIO):
-                self._refuse(name, "an unquantized tower: convert with vision_bits 16")
-            self._refuse(name, "none: no linear of this model is packed there")
+                self._refuse(name, "an unquantized tower: convert it with 16 bits")
+            if not self._is_shared(self.full(name)):
+                self._refuse(name, "none: this model has no packed linear there")
 
-    def _is_shared(self, module: str) -> bool:
-        """Whether a module makes keys or values of a layer that takes another's: engines drop it."""
-        if not module.endswith(("self_attn.k_proj", "self_attn.v_proj")):
+    def _is_shared(self, full: str) -> bool:
+        """Whether a tensor makes keys or values of a layer that takes another's: engines drop it."""
+        if not re.search(r"\.layers\.\d+\.self_attn\.[kv]_proj\.", full):
             return False
-        index = layer_index(self.full(module))
-        layers = self.architecture.layers
+        index, layers = layer_index(full), self.architecture.layers
         return index < len(layers) and not layers[index].has_key_value
 
     def _refuse(self, name: str, expected: str) -> NoReturn:

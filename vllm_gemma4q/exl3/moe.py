@@ -16,10 +16,9 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 
-from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.exl3.experts import Expert, Experts
 from vllm_gemma4q.exl3.facts import INPUT_SIGNS, OUTPUT_SIGNS, TRELLIS, Packed
-from vllm_gemma4q.exl3.shards import Layout, Part, share
+from vllm_gemma4q.exl3.shards import Layout, Part, expert_share
 from vllm_gemma4q.moe_method import refusal
 
 
@@ -49,13 +48,14 @@ class Exl3MoEMethod(FusedMoEMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         parallel, whole = self.moe.moe_parallel_config, self.linears["0.up_proj"]
-        if intermediate_size_per_partition * parallel.tp_size != whole.out_features:
-            raise InputError(
-                f"{layer.layer_name}: got experts of {whole.out_features} on {parallel.tp_size} ranks, "
-                "expected a number of ranks that divides them (or --enable-expert-parallel)"
-            )
         self.hidden = Span(0, whole.in_features)
-        self.inner = share(whole.out_features, intermediate_size_per_partition, parallel.tp_rank, parallel.tp_size)
+        self.inner = expert_share(
+            layer.layer_name,
+            whole.out_features,
+            intermediate_size_per_partition,
+            parallel.tp_rank,
+            parallel.tp_size,
+        )
         places = [layer._map_global_expert_id_to_local_expert_id(expert) for expert in range(layer.global_num_experts)]
         experts = [expert for _, expert in sorted((place, expert) for expert, place in enumerate(places) if place >= 0)]
         first = [f"{expert}.{name}" for expert in experts for name in ("gate_proj", "up_proj")]

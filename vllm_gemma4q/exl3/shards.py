@@ -17,6 +17,7 @@ from gemma4q_kernels.exl3.format import TILE
 from gemma4q_kernels.exl3.slicing import Span, cut
 from vllm.model_executor.utils import set_weight_attrs
 
+from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.exl3.facts import INPUT_SIGNS, OUTPUT_SIGNS, TRELLIS, Packed
 
 _DTYPES = {TRELLIS: torch.int16, INPUT_SIGNS: torch.float16, OUTPUT_SIGNS: torch.float16}
@@ -43,6 +44,21 @@ class Part(NamedTuple):
 def share(features: int, local: int, rank: int, ranks: int) -> Span:
     """A rank's features, where each holds `local` of them: all, an equal part, or a part that neighbours hold too."""
     return Span(rank * (features // local) // ranks * local, local)
+
+
+def expert_share(name: str, features: int, local: int, rank: int, ranks: int) -> Span:
+    """A rank's features of what is within an expert.
+
+    Raises:
+        InputError: ranks do not divide them; vLLM rounds `local` down then.
+    """
+    if local * ranks != features:
+        most = max(number for number in range(1, ranks) if features % number == 0)
+        raise InputError(
+            f"{name}: got experts of {features} features over {ranks} ranks, expected a divisor, at most {most}, "
+            "or --enable-expert-parallel"
+        )
+    return share(features, local, rank, ranks)
 
 
 @dataclass(frozen=True)
@@ -103,8 +119,12 @@ class Layout:
 @cache
 def decode(numbers: tuple[int, ...]) -> Layout:
     """What `Layout.encode` made numbers of."""
-    rows = [numbers[start : start + 8] for start in range(0, len(numbers), 8)]
-    return Layout(tuple(Part(Packed(*row[:3], CODEBOOKS[row[3]]), Span(*row[4:6]), Span(*row[6:8])) for row in rows))
+    parts = []
+    for place in range(0, len(numbers), 8):
+        inputs, outputs, width, codebook, *spans = numbers[place : place + 8]
+        packed = Packed(inputs, outputs, width, CODEBOOKS[codebook])
+        parts.append(Part(packed, Span(*spans[:2]), Span(*spans[2:])))
+    return Layout(tuple(parts))
 
 
 def _numel(shape: tuple[int, ...]) -> int:
