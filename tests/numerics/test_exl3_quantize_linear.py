@@ -4,7 +4,17 @@ import pytest
 import torch
 from exl3_weights import dense
 from gemma4q_kernels.exl3 import Quantized, linear, quantize_linear
-from tolerances import EXL3_FEEDBACK, EXL3_GAUSSIAN, EXL3_REPORTED, EXL3_SCALED
+from gemma4q_kernels.exl3.ldlq import encode_with_feedback, feedback_factor
+from gemma4q_kernels.exl3.regularize import regularize
+from tolerances import (
+    EXL3_BLOCK_DEVIATION,
+    EXL3_FACTOR,
+    EXL3_FEEDBACK,
+    EXL3_GAUSSIAN,
+    EXL3_REPORTED,
+    EXL3_SCALED,
+    rms_error,
+)
 
 
 def decoded(quantized: Quantized, like: torch.Tensor) -> torch.Tensor:
@@ -60,6 +70,47 @@ def test_feedback_pays_where_inputs_are_correlated() -> None:
     misled = quantize_linear(weight, hessian.roll((16, 16), (0, 1)), 3)
     error = decoded(misled, weight) - weight
     assert by_outputs(error, hessian) / by_outputs(weight.double(), hessian) > EXL3_FEEDBACK * without
+
+
+def test_feedback_is_what_its_definition_says() -> None:
+    """M = L D L^T, and blocks of inputs from the last to the first, each behind the errors of all later ones."""
+    moments, weight = correlated(600, 256), uneven(64, 256).t()
+    factor = feedback_factor(moments.clone())
+    exact = moments.double() + 0.025 * moments.double().diagonal().mean() * torch.eye(256)
+    diagonal = torch.zeros(256, 256, dtype=torch.float64)
+    expected = torch.zeros(256, 64, dtype=torch.float64)
+    lower = torch.eye(256, dtype=torch.float64)
+    for start in reversed(range(0, 256, 16)):
+        block, later = slice(start, start + 16), slice(start + 16, 256)
+        schur = exact[block, block] - exact[block, :start] @ exact[:start, :start].inverse() @ exact[:start, block]
+        rest = exact[later, block] - exact[later, :start] @ exact[:start, :start].inverse() @ exact[:start, block]
+        diagonal[block, block], lower[later, block] = schur, rest @ schur.inverse()
+        aim = weight[block] + lower[later, block].t() @ (weight[later] - expected[later])
+        expected[block] = 0.9 * aim
+    assert rms_error(factor, lower) <= EXL3_FACTOR
+    assert rms_error(factor.double() @ diagonal @ factor.double().t(), exact) <= EXL3_FACTOR
+    got = torch.empty(256, 64)
+
+    def shrink(rows: slice, aim: torch.Tensor) -> torch.Tensor:
+        got[rows] = 0.9 * aim
+        return got[rows]
+
+    encode_with_feedback(lambda rows: weight[rows], (256, 64), factor, shrink)
+    assert rms_error(got, expected) <= EXL3_FACTOR
+    encode_with_feedback(lambda rows: weight[rows], (256, 64), factor * 1.1, shrink)
+    assert rms_error(got, expected) > EXL3_FACTOR
+    encode_with_feedback(lambda rows: weight[rows], (256, 64), None, shrink)
+    assert torch.equal(got, 0.9 * weight)
+
+
+def test_every_block_has_the_same_deviation() -> None:
+    """A block of which half is padding as well: the scale that is searched for is one for all."""
+    weight = uneven(200, 320)
+    regular = regularize(weight.t(), 0)
+    rotated = regular.rotated(regular.input_scales, slice(None))
+    deviations = rotated.view(3, 128, 2, 128).square().mean(dim=(1, 3)).sqrt()
+    assert deviations.shape == (3, 2) and float((deviations - 1).abs().max()) <= EXL3_BLOCK_DEVIATION
+    assert float((deviations * 1.1 - 1).abs().max()) > EXL3_BLOCK_DEVIATION
 
 
 def test_moments_have_no_scale_and_may_be_unknown() -> None:
