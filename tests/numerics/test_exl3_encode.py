@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -111,11 +112,18 @@ def test_numba_finds_paths_as_cheap_as_the_reference(codebook: str, width: int) 
     assert (costs(found, tiles * 1.1, codebook) - best).abs().max() > EXL3_SAME_COST * best.min()
 
 
-def test_threads_share_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def threads_of_torch() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_threads_share_tiles(threads_of_torch: None) -> None:
     tiles = in_ring_order(gaussian(5, 4.0, "mcg"))
     paths = []
     for threads in (1, 3, 8):  # more than there are tiles
-        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        torch.set_num_threads(threads)
         paths.append(viterbi_cpu.search(tiles, 64, "mcg"))
     assert torch.equal(paths[0], paths[1]) and torch.equal(paths[0], paths[2])
 

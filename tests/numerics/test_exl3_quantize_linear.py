@@ -178,6 +178,8 @@ WEIGHT, MOMENTS = torch.ones(128, 64), torch.eye(64)
         ((WEIGHT.int(), None, 4), "weight: got torch.int32 (128, 64), expected float [out, in]"),
         ((WEIGHT[0], None, 4), "weight: got torch.float32 (64,)"),
         ((WEIGHT[:0], None, 4), "weight: got torch.float32 (0, 64)"),
+        ((WEIGHT * 1e12, None, 4), "weight: got magnitudes up to 1e+12, expected scales within float16"),
+        ((WEIGHT * 1e30, None, 4), "weight: got magnitudes up to 1e+30, expected scales within float16"),
         ((WEIGHT / 0, None, 4), "weight: got NaN or infinity, expected finite numbers"),
         (
             (WEIGHT, MOMENTS[:32], 4),

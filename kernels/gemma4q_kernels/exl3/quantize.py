@@ -68,14 +68,16 @@ def quantize_linear(
         The packed weight on the device of `weight`, both sizes padded to multiples of 128.
 
     Raises:
-        ValueError: shapes, dtypes, devices, bits or names that do not fit; numbers that are not finite; a Hessian that
-            is none; a backend that cannot run here.
+        ValueError: shapes, dtypes, devices, bits or names that do not fit; numbers that are not finite, or whose scales
+            are beyond float16; a Hessian that is none; a backend that cannot run here.
     """
     width = width_of(bits, codebook)
     _check(weight, hessian)
     backend = choose_encoder(weight.device, backend).name
     dense = weight.detach().float().t()
     regular = regularize(dense, seed)
+    if not bool(regular.svh.isfinite().all() and regular.input_scales.half().isfinite().all()):
+        raise ValueError(f"weight: got magnitudes up to {float(dense.abs().max()):g}, expected scales within float16")
     suh = regular.suh(_best_deviation(regular, bits, codebook, backend))
     factor = None if hessian is None else feedback_factor(rotate_hessian(hessian.float(), suh))
     inputs, outputs = regular.half_rotated.shape

@@ -1,4 +1,4 @@
-"""`viterbi.search` for CPUs: a few hundred lines of machine code by numba, 16 states at a time, a tile a thread.
+"""`viterbi.search` for CPUs: compiled by numba in 2 to 3 seconds, 16 states at a time, a thread for its share of tiles.
 
 Per state: a subtraction, a multiply-add, a minimum. Two things keep it at that:
 
@@ -7,7 +7,8 @@ Per state: a subtraction, a multiply-add, a minimum. Two things keep it at that:
 - The table of values lies in the order in which a step reads it: [16 kept values, highest bits, lane].
 
 A state's own lower bits are the lanes, so minima of the step before are read once for 2^K neighbours: spread over the
-lanes of a vector where K < 4. Needs numba: `pip install vllm-gemma4q[exl3]`.
+lanes of a vector where K < 4. Measured on a core with AVX-512: 1.9 to 2.1 ms a tile at K = 3 to 7, at most 4.4
+(benchmarks/exl3.py); plain torch takes 55 to 180. Needs numba: `pip install vllm-gemma4q[exl3]`.
 """
 
 from collections.abc import Callable
