@@ -13,7 +13,7 @@ such sets: each has its own input vector suh, and may have its own K.
 
     format.py     shapes, checks, packed signs    reference.py  the definition; the oracle
     hadamard.py   the transform                   cpu.py        tables, a block at a time
-    dispatch.py   which backend, and why
+    dispatch.py   which backend, and why          slicing.py    a rank's blocks of a linear
 
 Writing (`quantize_linear`; `encode` for tiles alone):
 
