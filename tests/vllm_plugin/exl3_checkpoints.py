@@ -107,6 +107,11 @@ def packed_bytes(folder: Path) -> int:
     return total
 
 
+def weights(folder: Path) -> int:
+    """How many weights the linears of a decoded checkpoint have."""
+    return sum(tensor.numel() for name, tensor in load(folder).items() if tensor.dtype is torch.float32)
+
+
 def meant(parts: Tensors, shape: tuple[int, int]) -> torch.Tensor:
     """The dense weight [out, in] that tensors of a linear stand for."""
     signs = [parts.get(new, parts.get(old)) for new, old in (("suh", "su"), ("svh", "sv"))]

@@ -4,6 +4,7 @@ import pickle
 import re
 from collections.abc import Callable
 from itertools import cycle, pairwise
+from pathlib import Path
 
 import pytest
 import synthetic
@@ -12,8 +13,9 @@ from vllm_plugin.test_facts import Header, Headers
 
 from vllm_gemma4q.architecture import Role, is_linear_weight, parse_text_architecture, role_of
 from vllm_gemma4q.errors import InputError
-from vllm_gemma4q.exl3.facts import Facts, Packed, read_facts, storage_disagreements
+from vllm_gemma4q.exl3.facts import Facts, Packed, read_facts
 from vllm_gemma4q.exl3.mend import mend
+from vllm_gemma4q.exl3.storage import FILE, disagreements, read_storage
 
 DENSE, MOE = synthetic.small_config(), synthetic.small_config(moe=True)
 LAYERS = "model.language_model.layers."
@@ -193,10 +195,26 @@ def test_disagreements_with_the_storage_file() -> None:
     storage = {
         Q_PROJ: {"stored_tensors": {f"{Q_PROJ}.trellis": {"shape": [8, 8, headers[f"{Q_PROJ}.trellis"].shape[2]]}}}
     }
-    assert storage_disagreements(storage, headers) == []
+    assert disagreements(storage, headers) == []
     storage[Q_PROJ]["stored_tensors"] |= {f"{Q_PROJ}.trellis": {"shape": [8, 8, 1]}, f"{Q_PROJ}.gone": {"shape": [1]}}
-    assert storage_disagreements(storage, headers) == [f"{Q_PROJ}.gone", f"{Q_PROJ}.trellis"]
-    assert storage_disagreements({"a": {}, "b": 3}, headers) == []
+    assert disagreements(storage, headers) == [f"{Q_PROJ}.gone", f"{Q_PROJ}.trellis"]
+    assert disagreements({"a": {}, "b": 3}, headers) == []
+
+
+@pytest.mark.engine
+def test_reading_the_storage_file(tmp_path: Path) -> None:
+    assert read_storage(str(tmp_path), None) == {}  # old checkpoints
+    for text, expected in (('{"bits": 4}', {}), ('{"tensor_storage": {"a": {}}}', {"a": {}})):
+        (tmp_path / FILE).write_text(text)
+        assert read_storage(str(tmp_path), None) == expected
+    for text, message in (
+        ("{", "got no JSON"),
+        ("[]", "got list"),
+        ('{"tensor_storage": 3}', "tensor_storage: got int"),
+    ):
+        (tmp_path / FILE).write_text(text)
+        with pytest.raises(InputError, match=rf"^quantization_config\.json: .*{message}.*, expected an object"):
+            read_storage(str(tmp_path), None)
 
 
 def test_signs_are_unpacked_and_markers_dropped_while_loading() -> None:

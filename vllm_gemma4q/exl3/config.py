@@ -13,10 +13,10 @@ import torch
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.platforms import current_platform
-from vllm.transformers_utils.repo_utils import get_hf_file_to_dict
 
 from vllm_gemma4q.architecture import parse_text_architecture
-from vllm_gemma4q.exl3.facts import LM_HEAD, Facts, read_facts, storage_disagreements
+from vllm_gemma4q.exl3 import storage
+from vllm_gemma4q.exl3.facts import LM_HEAD, Facts, read_facts
 from vllm_gemma4q.exl3.mend import mend
 from vllm_gemma4q.exl3.scheme import METHOD_NAME, claims
 from vllm_gemma4q.quark_int8.headers import find_headers
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 # Below vLLM's own logger, which has the handler and the level that users set: others are silent below warnings.
 logger = init_logger(f"vllm.{__name__}")
-
-STORAGE_FILE = "quantization_config.json"
 
 
 class Exl3Config(QuantizationConfig):
@@ -58,11 +56,10 @@ class Exl3Config(QuantizationConfig):
         architecture = parse_text_architecture(json.loads(hf_config.to_json_string(use_diff=False)))
         headers = find_headers(model_name, revision)
         self.facts = read_facts(architecture, headers)
-        storage = (get_hf_file_to_dict(STORAGE_FILE, model_name, revision) or {}).get("tensor_storage") or {}
-        if wrong := storage_disagreements(storage, headers):
+        if wrong := storage.disagreements(storage.read_storage(model_name, revision), headers):
             logger.warning(
                 "%s disagrees with the weights on %d tensors, e.g. %s. The weights decide.",
-                STORAGE_FILE,
+                storage.FILE,
                 len(wrong),
                 wrong[0],
             )

@@ -9,7 +9,7 @@ Not served: packed vision towers, biases, routers and embeddings.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 from gemma4q_kernels.exl3.format import BLOCK, HALF_WIDTHS, TILE, WIDTHS, codebook_of
 
@@ -84,18 +84,6 @@ def read_facts(architecture: TextArchitecture, tensors: Mapping[str, Header]) ->
             engine fuses, or experts of a layer, are packed in part; packed tensors belong to no linear of the model.
     """
     return _Reader(architecture, tensors, INT16).read()
-
-
-def storage_disagreements(storage: Mapping[str, Any], tensors: Mapping[str, Header]) -> list[str]:
-    """Tensors of quantization_config.json's `tensor_storage` that the headers do not have in that shape, by name."""
-    found = []
-    for module in storage.values():
-        stored = module.get("stored_tensors") if isinstance(module, Mapping) else None
-        for name, entry in (stored or {}).items():
-            header = tensors.get(name)
-            if header is None or list(entry.get("shape") or ()) != list(header.shape):
-                found.append(name)
-    return sorted(found)
 
 
 class _Reader(ModuleReader):
