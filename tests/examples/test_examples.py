@@ -25,6 +25,7 @@ SCRIPTS = sorted(EXAMPLES.glob("*.sh"))
 FOUR_CARDS, ONE_CARD, ANY_CARD = "serve_int8_4x24gb_rdna3.sh", "serve_int8_1x48gb.sh", "quantize_and_serve.sh"
 HOPPER = "serve_fp8_hopper.sh"
 PRUNED = ("prune_and_serve_int8.sh", "prune_to_gguf.sh")  # of which test_prune_examples.py tells more
+EXL3 = "quantize_exl3_and_serve.sh"  # of which tests/exl3/test_exl3_example.py tells more
 MODEL = "a folder/with spaces"
 RECORDER = '#!/bin/sh\nprintf "%s\\0" "$@" > "$RECORD"\n'
 PARSER = """
@@ -92,7 +93,7 @@ def test_missing_checkpoint_is_a_usage_error(script: Path, tmp_path: Path) -> No
 
 
 def test_there_are_scripts() -> None:
-    assert {script.name for script in SCRIPTS} == {FOUR_CARDS, ONE_CARD, ANY_CARD, HOPPER, *PRUNED}
+    assert {script.name for script in SCRIPTS} == {FOUR_CARDS, ONE_CARD, ANY_CARD, HOPPER, *PRUNED, EXL3}
 
 
 def test_quantizes_what_is_not_a_checkpoint_into_an_error(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def tiny_config(*layer_types, moe=False, **text):
     sizes = {"vocab_size": 256, "num_hidden_layers": len(layer_types), "layer_types": list(layer_types)}
     if moe:
         sizes |= {"num_experts": 2, "top_k_experts": 1}
-    return small_config(moe, **sizes, **text)
+    return small_config(moe, **{**sizes, **text})
 
 
 def write_hessians(folder, path, without=(), change=lambda module, hessian: hessian):
