@@ -16,7 +16,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _value(state, CODEBOOK: tl.constexpr):
+def codebook_value(state, CODEBOOK: tl.constexpr):
     """uint32 states, 0..65535, to float16: see `reference.values`."""
     if CODEBOOK == "mul1":
         x = state * 0x83DCD12D
@@ -39,13 +39,14 @@ def _ring_words(tile_ptr, column, WIDTH: tl.constexpr):
     before = tl.where(first == 0, WIDTH // 2 - 1, first - 1)  # around the ring
     words = (tl.load(tile_ptr + before).to(tl.uint32, bitcast=True),)
     for i in tl.static_range((WIDTH + 15) // 16):
-        words = (*words, tl.load(tile_ptr + first + i).to(tl.uint32, bitcast=True))
+        words += (tl.load(tile_ptr + first + i).to(tl.uint32, bitcast=True),)
     if WIDTH % 16 != 0:
         odd = column % 2 == 1
         aligned = ()
         for i in tl.static_range(1 + WIDTH // 16):
-            aligned = (*aligned, tl.where(odd, words[i] << 16 | words[i + 1] >> 16, words[i]))
-        words = (*aligned, tl.where(odd, words[1 + WIDTH // 16] << 16, words[1 + WIDTH // 16]))
+            aligned += (tl.where(odd, words[i] << 16 | words[i + 1] >> 16, words[i]),)
+        aligned += (tl.where(odd, words[1 + WIDTH // 16] << 16, words[1 + WIDTH // 16]),)
+        words = aligned
     return words
 
 
@@ -72,10 +73,10 @@ def column_pairs(tile_ptr, column, WIDTH: tl.constexpr, CODEBOOK: tl.constexpr):
     words = _ring_words(tile_ptr, column, WIDTH)
     windows = ()
     for j in tl.static_range(32):
-        windows = (*windows, _value(_state(words, (j + 1) * WIDTH // 16), CODEBOOK))
+        windows += (codebook_value(_state(words, (j + 1) * WIDTH // 16), CODEBOOK),)
     values = ()
     for i in tl.static_range(32):
-        values = (*values, windows[8 * ((i & 7) >> 1) + (i & 1) + 2 * (i >> 3 & 1) + 4 * (i >> 4)])
+        values += (windows[8 * ((i & 7) >> 1) + (i & 1) + 2 * (i >> 3 & 1) + 4 * (i >> 4)],)
     return values
 
 
@@ -85,7 +86,10 @@ def butterflies(x, COUNT: tl.constexpr, STAGES: tl.constexpr):
     for stage in tl.static_range(STAGES):
         done = ()
         for i in tl.static_range(COUNT):
-            done = (*done, x[i] + x[i + (1 << stage)]) if (i >> stage) % 2 == 0 else (*done, x[i - (1 << stage)] - x[i])
+            if (i >> stage) % 2 == 0:
+                done += (x[i] + x[i + (1 << stage)],)
+            else:
+                done += (x[i - (1 << stage)] - x[i],)
         x = done
     return x
 
@@ -98,7 +102,7 @@ def pack(x, BITS: tl.constexpr):
         pairs = ()
         for i in tl.static_range(1 << (BITS - bit - 1)):
             pair = tl.join(tl.reshape(x[2 * i], (1 << bit, size)), tl.reshape(x[2 * i + 1], (1 << bit, size)))
-            pairs = (*pairs, tl.reshape(tl.permute(pair, (2, 0, 1)), (2 << bit, size)))
+            pairs += (tl.reshape(tl.permute(pair, (2, 0, 1)), (2 << bit, size)),)
         x = pairs
     return x[0]
 
@@ -113,9 +117,9 @@ def unpack(x, BITS: tl.constexpr):
         for i in tl.static_range(1 << bit):
             pair = tl.reshape(parts[i], (2, 1 << (BITS - bit - 1), size))
             half = tl.split(tl.permute(pair, (1, 2, 0)))
-            halves = (*halves, half[0], half[1])
+            halves += (half[0], half[1])
         parts = halves
     done = ()
     for i in tl.static_range(1 << BITS):
-        done = (*done, tl.reshape(parts[i], (size,)))
+        done += (tl.reshape(parts[i], (size,)),)
     return done

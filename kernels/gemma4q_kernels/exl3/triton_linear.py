@@ -8,9 +8,9 @@ Rows come in groups of 8: a matrix instruction takes 16, so 8 rows of a number's
 what one part would. A block's scale is a power of two, the parts are float16(x / scale) and 2**11 times what is left:
 22 bits together, and no activation overflows or vanishes in float16. Products with What are exact, sums are float32.
 
-The order of inputs within a block is free, and is chosen so that each thread decodes just the weights that NVIDIA's
-16 x 8 x 16 instruction wants of it (`multiply_kernel`). Sums have a fixed order: no atomics. No kernel is tuned, timed
-or synchronized in a call, so that CUDA graphs capture it.
+The order of inputs within a block is free. For NVIDIA each thread decodes just the weights that the 16 x 8 x 16
+instruction wants of it (`multiply_kernel`); for AMD weights go through LDS, 16 bytes at a time. Sums are added in a
+fixed order, without atomics. No kernel is tuned, timed or synchronized in a call: CUDA graphs capture it.
 """
 
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"
@@ -25,7 +25,7 @@ GROUP = 8  # rows
 TILES = 4  # of outputs that a program multiplies, one a warp
 # Programs that keep a large GPU busy: with fewer, K is divided. A constant, so that all GPUs add up alike.
 PROGRAMS = 1024
-_ROTATE_WARPS = 2  # a thread holds 16 of 8 x 128 values
+ROW_WARPS = 2  # a thread holds 16 of 8 x 128 values
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def _transformed(x):
 
 
 @triton.jit(do_not_specialize=("M",))
-def rotate_kernel(x_ptr, suh_ptr, rotated_ptr, scale_ptr, M, stride_x):
+def rotate_kernel(x_ptr, suh_ptr, rotated_ptr, scale_ptr, M, stride_x, WAVES: tl.constexpr):
     """One block of inputs of 8 rows. Grid [blocks of inputs, groups].
 
     rotated: float16 [blocks, groups, 16, 128], rows of zeros beyond M. scale: float32 [blocks, groups, 16].
@@ -49,8 +49,8 @@ def rotate_kernel(x_ptr, suh_ptr, rotated_ptr, scale_ptr, M, stride_x):
     suh = tl.load(suh_ptr + columns).to(tl.float32) * 0.0078125
     x = tl.load(x_ptr + rows.to(tl.int64)[:, None] * stride_x + columns[None, :], mask=rows[:, None] < M, other=0.0)
     x = _transformed(x.to(tl.float32) * suh[None, :])
-    # By bits of (tile row, row of a tile): the order that `multiply_kernel` decodes weights in.
-    x = tl.permute(tl.reshape(x, (2, 4, 4, 2, 2, 8)), (5, 0, 2, 3, 1, 4))
+    # In the order that `multiply_kernel` decodes weights in.
+    x = tl.permute(x, (2, 0, 1)) if WAVES else tl.permute(tl.reshape(x, (2, 4, 4, 2, 2, 8)), (5, 0, 2, 3, 1, 4))
     x = tl.reshape(x, (8, 128))
     # As integers, magnitudes order like the floats they encode; NaN stays NaN whatever the scale.
     largest = tl.max(tl.abs(x).to(tl.int32, bitcast=True), axis=1)
@@ -83,6 +83,24 @@ def _store_sums(sums_ptr, sums, group, columns, M, N):
     tl.store(sums_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :], both, mask=rows[:, None] < M)
 
 
+@triton.jit
+def _in_fragments(pairs, TILES: tl.constexpr):
+    """For NVIDIA: inputs by bits (tile row's upper, row's 3 and 2, 1, tile row's lower, row's 0) x [half, tile, 8]."""
+    # (half of a tile's columns, row's bits 3 and 2, 1, 0, tile row's upper bit, tile, column, tile row's lower bits)
+    weights = tl.reshape(pack(pairs, 5), (2, 4, 2, 2, 2, TILES, 8, 4))
+    return tl.reshape(tl.permute(weights, (4, 1, 2, 7, 3, 0, 5, 6)), (128, 16 * TILES))
+
+
+@triton.jit
+def _in_waves(pairs, TILES: tl.constexpr):
+    """For AMD: everything in its natural order, rows of a tile being what a thread holds in neighbouring registers."""
+    reversed_bits = ()
+    for i in tl.static_range(32):
+        reversed_bits += (pairs[(i & 1) * 16 + (i >> 1 & 1) * 8 + (i >> 2 & 1) * 4 + (i >> 3 & 1) * 2 + (i >> 4)],)
+    weights = tl.reshape(pack(reversed_bits, 5), (2, 2, 2, 2, 2, 2, TILES, 8, 4))
+    return tl.reshape(tl.permute(weights, (5, 8, 3, 2, 1, 0, 6, 4, 7)), (128, 16 * TILES))
+
+
 @triton.jit(do_not_specialize=("M", "groups"))
 def multiply_kernel(
     rotated_ptr,
@@ -97,6 +115,7 @@ def multiply_kernel(
     blocks_a_part,
     WIDTH: tl.constexpr,
     CODEBOOK: tl.constexpr,
+    WAVES: tl.constexpr,
     TWO_GROUPS: tl.constexpr,
     TILES: tl.constexpr,
 ):
@@ -104,7 +123,7 @@ def multiply_kernel(
 
     A thread of NVIDIA's instruction holds weights of one column in places 2q, 2q + 1, 2q + 8 and 2q + 9 of 16, where q
     is its number in four. Here it decodes rows 4i .. 4i + 3 of a tile, for instruction i, and its four neighbours hold
-    four tiles below each other. So nothing is exchanged there; on AMD's GPUs weights go through LDS.
+    four tiles below each other. So nothing is exchanged there.
     """
     part, group = tl.program_id(1), tl.program_id(2) * (2 if TWO_GROUPS else 1)
     # [2, TILES, 8 pairs of columns, 4]: the first and last axis number the 8 rows of tiles.
@@ -118,16 +137,16 @@ def multiply_kernel(
     more = tl.zeros((16, 16 * TILES), dtype=tl.float32)
     for block in range(start, stop):
         pairs = column_pairs(tile_ptr, (index >> 2) & 7, WIDTH, CODEBOOK)
-        # (half of a tile's columns, row bits 3 and 2, 1, 0; tile row's upper bit, tile, column, tile row's lower bits)
-        weights = tl.reshape(pack(pairs, 5), (2, 4, 2, 2, 2, TILES, 8, 4))
-        weights = tl.reshape(tl.permute(weights, (4, 1, 2, 7, 3, 0, 5, 6)), (128, 16 * TILES))
+        weights = _in_waves(pairs, TILES) if WAVES else _in_fragments(pairs, TILES)
         first = (block * groups + group) * 16
         sums = _add_product(sums, rotated_ptr, scale_ptr, first, weights)
         if TWO_GROUPS:
             more = _add_product(more, rotated_ptr, scale_ptr, first + 16, weights)
         tile_ptr += 8 * tiles_a_row * (WIDTH // 2)
-    local = tl.arange(0, 16 * TILES)  # [half, tile, column]
-    columns = tl.program_id(0) * (16 * TILES) + ((local >> 3) % TILES) * 16 + local // (8 * TILES) * 8 + (local & 7)
+    columns = tl.arange(0, 16 * TILES)
+    if not WAVES:  # [half, tile, column]
+        columns = ((columns >> 3) % TILES) * 16 + columns // (8 * TILES) * 8 + (columns & 7)
+    columns += tl.program_id(0) * (16 * TILES)
     sums_ptr += part.to(tl.int64) * M * N
     _store_sums(sums_ptr, sums, group, columns, M, N)
     if TWO_GROUPS:
@@ -161,6 +180,11 @@ def parts_of(blocks: int, columns: int, row_groups: int) -> tuple[int, int]:
     return triton.cdiv(blocks, each), each
 
 
+def stages(waves: bool) -> int:
+    """Steps whose words are on their way at a time. On AMD a second one would take a quarter of the waves."""
+    return 1 if waves else 3
+
+
 def multiply(
     x: torch.Tensor,
     words: torch.Tensor,
@@ -169,6 +193,7 @@ def multiply(
     codebook: str,
     bias: torch.Tensor | None,
     out: torch.Tensor,
+    waves: bool = torch.version.hip is not None,
 ) -> None:
     """Write x @ W + bias to `out`.
 
@@ -177,6 +202,7 @@ def multiply(
         words: int32 [in/16, out/16, 8 K], see `words_of`.
         suh, svh: float16 [in], [out].
         out: float [M, out] with unit stride along outputs.
+        waves: order inputs and weights for AMD's matrix instruction instead of NVIDIA's. Both are right on any device.
     """
     (m, k), n, width = x.shape, TILE * words.shape[1], words.shape[2]
     blocks, two = k // BLOCK, m > GROUP
@@ -186,8 +212,8 @@ def multiply(
     rotated = torch.empty((blocks, groups, 2 * GROUP, BLOCK), dtype=torch.float16, device=x.device)
     scale = torch.empty((blocks, groups, 2 * GROUP), dtype=torch.float32, device=x.device)
     sums = torch.empty((parts, m, n), dtype=torch.float32, device=x.device)
-    common = {"enable_fp_fusion": False}
-    rotate_kernel[(blocks, groups)](x, suh, rotated, scale, m, x.stride(0), num_warps=_ROTATE_WARPS, **common)
+    common = {"WAVES": waves, "enable_fp_fusion": False}
+    rotate_kernel[(blocks, groups)](x, suh, rotated, scale, m, x.stride(0), num_warps=ROW_WARPS, **common)
     multiply_kernel[(n // (TILE * TILES), parts, row_groups)](
         rotated,
         scale,
@@ -204,6 +230,7 @@ def multiply(
         TWO_GROUPS=two,
         TILES=TILES,
         num_warps=TILES,
+        num_stages=stages(waves),
         **common,
     )
     finish_kernel[(n // BLOCK, triton.cdiv(m, GROUP))](
@@ -216,6 +243,6 @@ def multiply(
         parts,
         out.stride(0),
         HAS_BIAS=bias is not None,
-        num_warps=_ROTATE_WARPS,
-        **common,
+        num_warps=ROW_WARPS,
+        enable_fp_fusion=False,
     )

@@ -45,7 +45,7 @@ def reconstruct_kernel(
     pairs = column_pairs(tile_ptr, index & 7, WIDTH, CODEBOOK)
     x = ()
     for i in tl.static_range(32):
-        x = (*x, pairs[i].to(tl.float32))
+        x += (pairs[i].to(tl.float32),)
     x = butterflies(x, 32, 4)
     # In names of axes: (half of a tile's columns, row, tile row, tile, column) to (tile row, half, row, tile, column),
     x = _transform_next(x, 5, 3, (32, 8, 64), (1, 0, 2))
