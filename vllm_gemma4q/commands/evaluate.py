@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ if TYPE_CHECKING:  # transformers, which only these commands need
     from vllm_gemma4q.evaluation.measure import Protocol
 
 app = typer.Typer(help="Measure checkpoints through vLLM.", no_args_is_help=True)
+
+_WIDTH = 140
 
 Text = Annotated[list[Path], typer.Option(metavar="FILE", help="UTF-8 text to predict. Repeatable.")]
 Framings = Annotated[
@@ -79,6 +82,11 @@ def divergence_command(
     _show({"protocol": protocol.to_json(), "reference": str(reference), "checkpoints": found}, as_json)
 
 
+def console_width() -> int | None:
+    """Of tables: the terminal's, and enough for all columns in a pipe."""
+    return None if sys.stdout.isatty() else _WIDTH
+
+
 @contextmanager
 def engine_log(given: Path | None) -> Iterator[Path]:
     """Where the engine prints to: a file of the user's, or one that stays only after a failure that names it."""
@@ -120,7 +128,7 @@ def _show(result: dict[str, Any], as_json: bool) -> None:
                 *_divergence(found, framing),
                 f"{ppl['positions']:,}",
             )
-    Console().print(table)
+    Console(width=console_width()).print(table)
 
 
 def _divergence(found: dict[str, Any], framing: str) -> list[str]:

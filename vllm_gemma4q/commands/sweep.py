@@ -12,7 +12,17 @@ from rich.table import Table
 
 from gguf_mixed.sweep_plot import require_matplotlib
 from vllm_gemma4q.checkpoint import open_checkpoint
-from vllm_gemma4q.commands.evaluate import AsJson, Chunks, Context, EngineDtype, Framings, Ranks, Text, load
+from vllm_gemma4q.commands.evaluate import (
+    AsJson,
+    Chunks,
+    Context,
+    EngineDtype,
+    Framings,
+    Ranks,
+    Text,
+    console_width,
+    load,
+)
 from vllm_gemma4q.commands.model import Device
 from vllm_gemma4q.commands.progress import byte_bar
 from vllm_gemma4q.commands.quantize import Codebook, _require_hessians
@@ -63,30 +73,27 @@ def command(
     if as_json:
         print(json.dumps(results))
         return
-    Console().print(_table(results))
+    Console(width=console_width()).print(_table(results))
     print(f"Plot: {folder / PLOT}")
 
 
 def _table(results: dict[str, Any]) -> Table:
-    framings = list(results["protocol"]["windows"])
+    """A row for each point and framing, the original's first."""
     table = Table("checkpoint")
-    for column in ("bits/weight", "size", *(f"{title} {framing}" for framing in framings for title in _TITLES)):
+    for column in ("bits/weight", "size", "text", "perplexity", "mean KLD", "p99", "same top"):
         table.add_column(column, justify="right")
-    original = [cell for framing in framings for cell in (_perplexity(results["reference"], framing), "", "")]
-    table.add_row("original", "", "", *original)
-    for name, found in results["points"].items():
-        cells = [cell for framing in framings for cell in (_perplexity(found, framing), *_divergence(found, framing))]
-        table.add_row(name, f"{found['bpw']:.3f}", decimal(found["bytes"]), *cells)
+    for framing in results["protocol"]["windows"]:
+        table.add_row("original", "", "", framing, f"{results['reference']['perplexity'][framing]['value']:.4f}")
+        for name, found in results["points"].items():
+            kld = found["divergence"][framing]
+            table.add_row(
+                name,
+                f"{found['bpw']:.3f}",
+                decimal(found["bytes"]),
+                framing,
+                f"{found['perplexity'][framing]['value']:.4f}",
+                f"{kld['mean_kld']:.5f} ± {kld['error']:.5f}",
+                f"{kld['p99_kld']:.5f}",
+                f"{kld['same_top']:.2%}",
+            )
     return table
-
-
-_TITLES = ("PPL", "KLD", "same top")
-
-
-def _perplexity(found: dict[str, Any], framing: str) -> str:
-    return f"{found['perplexity'][framing]['value']:.4f}"
-
-
-def _divergence(found: dict[str, Any], framing: str) -> tuple[str, str]:
-    kld = found["divergence"][framing]
-    return f"{kld['mean_kld']:.5f}", f"{kld['same_top']:.2%}"
