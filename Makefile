@@ -4,6 +4,8 @@
 PYTHON ?= $(shell python3 -c 'import importlib.metadata as m; m.version("vllm")' 2>/dev/null && echo python3 \
 	|| command -v python3.11 || command -v python3)
 RUN := .venv/bin/python
+# Two files of tests side by side; `make test PARALLEL=` runs them one after the other.
+PARALLEL ?= -n 2 --dist loadfile
 
 .PHONY: help environment demo test test-slow test-gpu lint benchmark small-models clean
 
@@ -24,10 +26,13 @@ demo: environment
 	@$(RUN) examples/demo.py $(if $(MODEL),--model "$(MODEL)") $(if $(PART),--part $(PART))
 
 test: environment
-	$(RUN) -m pytest -m "not slow and not gpu" $(ARGS)
+	$(RUN) -m pytest -m "not slow and not gpu" $(PARALLEL) $(ARGS)
 
+# What several files need is made before they run side by side.
 test-slow: environment
-	$(RUN) -m pytest -m "slow and not gpu" $(ARGS)
+	@$(PYTHON) environment/create.py --quark
+	@$(RUN) environment/build_llama_cpp.py
+	$(RUN) -m pytest -m "slow and not gpu" $(PARALLEL) $(ARGS)
 
 test-gpu: environment
 	$(RUN) -m pytest -m gpu tests/gpu $(ARGS)

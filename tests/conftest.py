@@ -1,5 +1,6 @@
 """Shared fixtures. Folders beside the repository are used when they are there; no test needs them to pass."""
 
+import os
 import signal
 import sys
 from pathlib import Path
@@ -8,6 +9,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
+
+# Side by side, tests and what they start get a core each: two threads of torch that wait for one are ten times slower.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 # Shells start background jobs with Ctrl-C ignored, and programs that tests start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

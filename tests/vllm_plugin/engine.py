@@ -94,7 +94,7 @@ def engine_environment(tensor_parallel_size: int = 1) -> dict[str, str]:
     return os.environ | {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": bind,
-        "OMP_NUM_THREADS": str(max(1, min(2, cores) // tensor_parallel_size)),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, min(2, cores) // tensor_parallel_size))),
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
