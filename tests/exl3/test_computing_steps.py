@@ -57,27 +57,28 @@ def test_groups_never_share_a_shard(source):
     assert [{step.group for step in shard.steps} for shard in conversion.shards] == [{""}, {"0"}, {"1"}, {"2"}]
 
 
-def test_killed_anywhere_and_resumed_is_byte_identical(source, tmp_path):
+def test_killed_twice_and_resumed_is_byte_identical(source, tmp_path):
     """Also the manifest, whose notes come from the journal for shards that another process wrote."""
-    whole = subprocess.run([sys.executable, SCRIPT, source, tmp_path / "whole", "0"], capture_output=True, check=True)
-    target, killed, at = tmp_path / "target", 0, 2
-    assert int(whole.stdout) == 11
-    while (done := subprocess.run([sys.executable, SCRIPT, source, target, str(at)])).returncode == -signal.SIGKILL:
-        killed, at = killed + 1, at + 2
+    target, consumed = tmp_path / "target", []
+    convert(plan(open_checkpoint(source)), tmp_path / "whole", ["test"], consumed.append)
+    assert len(consumed) == 11
+    for files, at in ((1, 2), (3, 9)):  # in the first matrix; resumed, in the last file
+        killed = subprocess.run([sys.executable, SCRIPT, source, target, str(at)], check=False)
+        assert killed.returncode == -signal.SIGKILL
         assert not (target / "config.json").exists()
-    assert done.returncode == 0
-    assert killed >= 3
+        assert len(list(target.glob("*.safetensors"))) == files, "finished before the kill"
+    convert(plan(open_checkpoint(source)), target, ["test"], consumed.append)
     assert content(target) == content(tmp_path / "whole")
 
 
 def test_memory_is_that_of_one_step(tmp_path):
-    """Eight matrices of 100 MB: one is held at a time, with its result."""
-    names = [(f"matrix_{index}", (1000, 50_000)) for index in range(8)]
+    """Five matrices of 100 MB: one is held at a time, with its result."""
+    names = [(f"matrix_{index}", (1000, 50_000)) for index in range(5)]
     source = write_header_only(tmp_path / "source", {}, names)
     command = [sys.executable, SCRIPT, source, tmp_path / "target", "0"]
     empty = write_header_only(tmp_path / "small", {}, [("matrix", (2, 2))])
     base = measure([sys.executable, SCRIPT, empty, tmp_path / "other", "0"]).peak_bytes
-    assert measure(command).peak_bytes < base + 350 * MB, "a matrix, and half of one in float32"
+    assert measure(command).peak_bytes < base + 300 * MB, "a matrix, and half of one in float32"
 
 
 def test_torch_has_its_threads_back_while_computing(source, tmp_path):

@@ -11,9 +11,10 @@ from tolerances import EXL3_REPORTED
 
 from vllm_gemma4q.architecture import parse_text_architecture
 from vllm_gemma4q.checkpoint import open_checkpoint
-from vllm_gemma4q.exl3.facts import read_facts, storage_disagreements
+from vllm_gemma4q.exl3.facts import read_facts
 from vllm_gemma4q.exl3.quantize import Options
 from vllm_gemma4q.exl3.steps import seed_of
+from vllm_gemma4q.exl3.storage import disagreements
 
 MCG = 0xCBAC1FED
 GATE_UP, DOWN = f"{LAYER}.experts.gate_up_proj", f"{LAYER}.experts.down_proj"
@@ -155,7 +156,7 @@ def test_our_reader_takes_it(dense, moe):
         packed = sum(name.endswith(".trellis") for name in written.after)
         assert len(facts.linears) == packed
         storage = json.loads((written.target / "quantization_config.json").read_text())["tensor_storage"]
-        assert storage_disagreements(storage, headers) == []
+        assert disagreements(storage, headers) == []
 
 
 def squared_error(stored, weight):

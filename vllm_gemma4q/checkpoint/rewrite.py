@@ -249,7 +249,7 @@ def _checked(step: Step, computed: Computed) -> Iterator[memoryview | bytes]:
     """The bytes of a step's outputs and constants, in order; a computation that breaks its promise is a bug."""
     for wanted, tensor in zip(step.outputs, computed.tensors, strict=True):
         assert (tensor.dtype, tuple(tensor.shape)) == (_TORCH_DTYPES[wanted.dtype], wanted.shape), wanted.name
-        yield memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        yield tensor.contiguous().view(-1).view(torch.uint8).numpy().data
     yield from (constant.data for constant in step.constants)
 
 

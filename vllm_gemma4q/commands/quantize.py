@@ -101,7 +101,7 @@ def command(
     ] = "5GB",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
-    """Quantize a checkpoint file to file, a few rows in memory at a time. Run it again to resume."""
+    """Quantize a checkpoint file to file, a few rows in memory (exl3: a linear). Run it again to resume."""
     checkpoint, max_bytes = open_checkpoint(source), parse_size(max_shard_size)
     given = {
         "--statistics": statistics,

@@ -25,7 +25,6 @@ from vllm_gemma4q.exl3.allocation import padded
 from vllm_gemma4q.exl3.facts import INPUT_SIGNS, OUTPUT_SIGNS, TRELLIS
 from vllm_gemma4q.exl3.scheme import METHOD
 
-STORAGE_FILE = "quantization_config.json"
 # Of the converter whose layout this is.
 VERSION = "1.4.1"
 MULTIPLIERS = {"mcg": 0xCBAC1FED, "mul1": 0x83DCD12D}

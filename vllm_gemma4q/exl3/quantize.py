@@ -22,7 +22,7 @@ from vllm_gemma4q.checkpoint.convert import Conversion
 from vllm_gemma4q.checkpoint.steps import MAX_SHARD_BYTES
 from vllm_gemma4q.conformance import FLOAT_DTYPES, check_unquantized
 from vllm_gemma4q.errors import InputError
-from vllm_gemma4q.exl3 import output
+from vllm_gemma4q.exl3 import output, storage
 from vllm_gemma4q.exl3.allocation import MAX_BITS, MIN_BITS, allocate, mean_bits
 from vllm_gemma4q.exl3.facts import LM_HEAD
 from vllm_gemma4q.exl3.hessians import Hessians
@@ -107,7 +107,7 @@ def plan(
         summarize(steps),
         max_shard_bytes,
         details,
-        files={output.STORAGE_FILE: output.storage_file(config, (tensor for step in steps for tensor in step.written))},
+        files={storage.FILE: output.storage_file(config, (tensor for step in steps for tensor in step.written))},
         settings={"device": options.device, "encoder": encoder},
         reads=() if statistics is None else (statistics,),
         conclude=partial(with_errors, linears, details),
