@@ -123,6 +123,29 @@ def test_flat_parameters_hold_every_part_as_the_file_has_it() -> None:
     assert held == sum(getattr(one, leaf).nbytes for one in weights for leaf in LEAVES)
 
 
+@pytest.mark.engine
+@pytest.mark.parametrize("order", [[0, 1], [0, 1, 1]], ids=["shards", "values-are-keys"])
+def test_the_operation_is_what_torch_compile_takes_it_for(order: list[int]) -> None:
+    """A fused linear cut at both ends of both sides, its last shard given twice."""
+    from vllm_gemma4q.exl3.linear import exl3_linear
+
+    weights = [packed("mcg", 32, 16, 16), packed("mul1", 56, 16, 8)]
+    inputs, outputs = Span(64, 100), (Span(96, 100), Span(0, 40))
+    parts = tuple(
+        Part(Packed(256, one.out_features, one.trellis.shape[2], one.codebook), inputs, span)
+        for one, span in zip(weights, outputs, strict=True)
+    )
+    cuts = [[cut(leaf, getattr(one, leaf), inputs, span).flatten() for leaf in LEAVES]
+            for one, span in zip(weights, outputs, strict=True)]  # fmt: skip
+    flat = [torch.cat(tensors) for tensors in zip(*cuts, strict=True)]
+    x = torch.randn(5, 100)
+    arguments = (x, *flat, Layout(parts).encode(), order)
+    torch.library.opcheck(exl3_linear, arguments)
+    expected = [x @ dense(one, torch.float32)[64:164, span.start : span.start + span.size]
+                for one, span in zip(weights, outputs, strict=True)]  # fmt: skip
+    assert rms_error(exl3_linear(*arguments), torch.cat([expected[index] for index in order], dim=1)) <= BOUND
+
+
 def _experts() -> Experts:
     widths = ((32, 48, 64), (48, 48, 80), (32, 48, 64), (16, 128, 32))
     return Experts([Expert(*(packed("mcg", width) for width in three)) for three in widths], Span(0, 100), Span(0, 70))

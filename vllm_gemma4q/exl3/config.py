@@ -107,7 +107,7 @@ class Exl3Config(QuantizationConfig):
 
     @classmethod
     def get_min_capability(cls) -> int:
-        return 75  # as vLLM's other weight-only methods in Triton
+        return 75  # before sm_80 by torch's own operations (see the backends of `gemma4q_kernels.exl3`)
 
     @staticmethod
     def get_config_filenames() -> list[str]:
