@@ -167,6 +167,9 @@ REFIT_KLD = 5e-6
 # in float32: 6e-8 and 4e-7; with one bit of the trellis flipped: 0.0007 and more.
 EXL3_DENSE = {torch.float32: 5e-7, **_ROUNDED}
 EXL3_LINEAR = {torch.float32: 2e-6, **_ROUNDED}
+# The same in Triton, where activations have 22 bits. Measured in its interpreter: 6e-8; matrix instructions of GPUs may
+# truncate sums where that rounds, some 1e-6. With one bit of the trellis flipped, or one sign: 0.0007 and more.
+EXL3_TRITON = {torch.float32: 1e-5, **_ROUNDED}
 
 # Memory in GiB against published tables: a cell of the EXL3 card, measured 0.007 at most, with a tenth of a bit more
 # in the body 0.33 and more; and half of the last printed digit.

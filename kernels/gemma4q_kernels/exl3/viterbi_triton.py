@@ -24,7 +24,7 @@ TILES = 4
 BLOCK = 256
 STEP_WARPS = 4
 BACK_TILES = 32
-# Bytes of `choices`, 256 x 2 ** (16 - K) a tile.
+# Bytes of `choices` at a time.
 CHOICES_BYTES = 1 << 30
 
 
@@ -103,8 +103,13 @@ def back_kernel(
 def search(tiles: torch.Tensor, width: int, codebook: str) -> torch.Tensor:
     """See `viterbi.search`: float32 [T, 256] on a GPU to int64 [T, 256]."""
     bits = step_bits(width)[:2]
-    most = max(1, CHOICES_BYTES // (WINDOWS * (STATES >> min(bits))))
+    most = max(1, CHOICES_BYTES // choices_bytes(width))
     return torch.cat([_tail_biting(part.contiguous(), bits, codebook) for part in torch.split(tiles, most)])
+
+
+def choices_bytes(width: int) -> int:
+    """What a tile's choices take while it is searched."""
+    return WINDOWS * (STATES >> min(step_bits(width)))
 
 
 def _tail_biting(tiles: torch.Tensor, bits: Sequence[int], codebook: str) -> torch.Tensor:
@@ -168,6 +173,15 @@ def cheapest_path(tiles: torch.Tensor, bits: Sequence[int], codebook: str, ends:
     kept = started.argmin(dim=1) if ends is None else ends.contiguous()
     path = torch.empty((count, WINDOWS), dtype=torch.int64, device=tiles.device)
     back_kernel[(triton.cdiv(count, BACK_TILES),)](
-        choices, kept, path, count, choices.stride(0), FIRST=first, SECOND=second, TILES=BACK_TILES, num_warps=1
+        choices,
+        kept,
+        path,
+        count,
+        choices.stride(0),
+        FIRST=first,
+        SECOND=second,
+        TILES=BACK_TILES,
+        num_warps=1,
+        enable_fp_fusion=False,
     )
     return path

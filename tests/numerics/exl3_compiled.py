@@ -2,10 +2,15 @@
 
 from typing import Any
 
+from exl3_weights import FORMATS
 from gemma4q_kernels.exl3 import triton_linear, viterbi_triton
 from gemma4q_kernels.exl3.packing import step_bits
+from gemma4q_kernels.exl3.triton_linear import ROW_WARPS, TILES
 from gemma4q_kernels.exl3.triton_reconstruct import NUM_WARPS, reconstruct_kernel
+from gemma4q_kernels.exl3.viterbi_triton import STEP_WARPS
 from machine_code import MachineCode, compile_ahead
+
+__all__ = ["FORMATS", "NUM_WARPS", "ROW_WARPS", "STEP_WARPS", "TILES"]
 
 UNFUSED: dict[str, Any] = {"enable_fp_fusion": False}
 
@@ -76,4 +81,6 @@ def search_back(architecture: str, width: int) -> MachineCode:
     first, second = step_bits(width)[:2]
     constants = {"FIRST": first, "SECOND": second, "TILES": viterbi_triton.BACK_TILES}
     aligned = ("choices_ptr", "ends_ptr", "path_ptr", "stride_window")
-    return compile_ahead(viterbi_triton.back_kernel, architecture, types, constants, aligned, {"num_warps": 1})
+    return compile_ahead(
+        viterbi_triton.back_kernel, architecture, types, constants, aligned, {"num_warps": 1, **UNFUSED}
+    )
