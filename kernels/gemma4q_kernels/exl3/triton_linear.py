@@ -13,7 +13,8 @@ instruction wants of it (`multiply_kernel`); for AMD weights go through LDS, 16 
 fixed order, without atomics. No kernel is tuned, timed or synchronized in a call: CUDA graphs capture it.
 """
 
-# mypy: disable-error-code="untyped-decorator,no-untyped-def"
+# Tuples that grow are tuples of unrolled tensors to Triton, and of one length to mypy.
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,assignment"
 import torch
 import triton
 import triton.language as tl
@@ -101,7 +102,7 @@ def _in_waves(pairs, TILES: tl.constexpr):
     return tl.reshape(tl.permute(weights, (5, 8, 3, 2, 1, 0, 6, 4, 7)), (128, 16 * TILES))
 
 
-@triton.jit(do_not_specialize=("M", "groups"))
+@triton.jit(do_not_specialize=("M", "groups", "blocks", "blocks_a_part"))
 def multiply_kernel(
     rotated_ptr,
     scale_ptr,

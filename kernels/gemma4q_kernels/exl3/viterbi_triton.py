@@ -85,15 +85,16 @@ def back_kernel(
     """
     tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
     inside = tile < count
+    stride = stride_window.to(tl.int64)
     kept = tl.load(ends_ptr + tile, mask=inside, other=0)
     for i in range(128):
         odd = 255 - 2 * i
-        source = choices_ptr + odd.to(tl.int64) * stride_window
+        source = choices_ptr + odd * stride
         highest = tl.load(source + tile.to(tl.int64) * (65536 >> FIRST) + kept, mask=inside, other=0).to(tl.int64)
         state = (highest << (16 - FIRST)) | kept
         tl.store(path_ptr + tile.to(tl.int64) * 256 + odd, state, mask=inside)
         kept = state >> SECOND
-        source -= stride_window
+        source -= stride
         highest = tl.load(source + tile.to(tl.int64) * (65536 >> SECOND) + kept, mask=inside, other=0).to(tl.int64)
         state = (highest << (16 - SECOND)) | kept
         tl.store(path_ptr + tile.to(tl.int64) * 256 + odd - 1, state, mask=inside)
@@ -171,15 +172,31 @@ def cheapest_path(tiles: torch.Tensor, bits: Sequence[int], codebook: str, ends:
         step(tiles, window, turned, codebook, minima, spare, choices[window])
         minima, spare = spare, minima
     kept = started.argmin(dim=1) if ends is None else ends.contiguous()
-    path = torch.empty((count, WINDOWS), dtype=torch.int64, device=tiles.device)
+    return way_back(choices, kept, bits)
+
+
+def way_back(choices: torch.Tensor, ends: torch.Tensor, bits: Sequence[int]) -> torch.Tensor:
+    """The states that choices lead to.
+
+    Args:
+        choices: uint8 [256, T, most]; of each window T rows of 65536 >> bits of the next one, which lie behind each
+            other.
+        ends: int64 [T], what each ring leaves behind.
+        bits: what even and odd windows add.
+
+    Returns:
+        int64 [T, 256].
+    """
+    count = len(ends)
+    path = torch.empty((count, WINDOWS), dtype=torch.int64, device=choices.device)
     back_kernel[(triton.cdiv(count, BACK_TILES),)](
         choices,
-        kept,
+        ends,
         path,
         count,
         choices.stride(0),
-        FIRST=first,
-        SECOND=second,
+        FIRST=bits[0],
+        SECOND=bits[1],
         TILES=BACK_TILES,
         num_warps=1,
         enable_fp_fusion=False,
