@@ -125,7 +125,7 @@ def command(
     else:
         if bits is None:
             raise InputError("--scheme exl3: --bits is missing, expected 1 to 8, such as 3.5")
-        _require_hessians(statistics, bool(no_hessian))
+        require_hessians(statistics, bool(no_hessian))
         wanted = exl3.Options(
             bits, 6 if head_bits is None else head_bits, (codebook or Codebook.MCG).value, (device or Device.CPU).value
         )
@@ -156,7 +156,8 @@ def _plan_fp8(
         return fp8_static.plan(source, statistics, options, bar.update, max_shard_bytes)
 
 
-def _require_hessians(statistics: Path | None, no_hessian: bool) -> None:
+def require_hessians(statistics: Path | None, no_hessian: bool) -> None:
+    """Raises InputError unless exactly one of both is given."""
     if no_hessian and statistics is not None:
         raise InputError(f"--no-hessian: got --statistics {statistics} too, expected one of them")
     if statistics is None and not no_hessian:

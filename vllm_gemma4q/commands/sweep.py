@@ -25,7 +25,7 @@ from vllm_gemma4q.commands.evaluate import (
 )
 from vllm_gemma4q.commands.model import Device
 from vllm_gemma4q.commands.progress import byte_bar
-from vllm_gemma4q.commands.quantize import Codebook, _require_hessians
+from vllm_gemma4q.commands.quantize import Codebook, require_hessians
 from vllm_gemma4q.exl3.quantize import Options
 
 _BITS = (3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
@@ -57,7 +57,7 @@ def command(
 ) -> None:
     """EXL3 at several rates: quantize, serve and measure each beside the original. Run it again to resume."""
     require_matplotlib()
-    _require_hessians(statistics, no_hessian)
+    require_hessians(statistics, no_hessian)
     checkpoint = open_checkpoint(source)
     points = [Options(rate, head_bits, codebook.value, device.value) for rate in bits or _BITS]
     protocol = load(source, text, framing, context, chunks, dtype, ranks)

@@ -77,7 +77,8 @@ def _kld(p: npt.NDArray[np.float64], q: npt.NDArray[np.float64]) -> npt.NDArray[
     """Float64 [rows, vocabulary] each; a token that p excludes adds nothing. Rounding can leave -1e-8: 0 then."""
     with np.errstate(invalid="ignore"):
         terms = np.where(p > -np.inf, np.exp(p) * (p - q), 0.0)
-    return np.maximum(terms.sum(axis=1), 0.0)
+    kld: npt.NDArray[np.float64] = np.maximum(terms.sum(axis=1), 0.0)
+    return kld
 
 
 def _rows(path: Path, vocabulary: int) -> int:
