@@ -4,9 +4,9 @@
     triton_reconstruct.py  dense weights, to the bit
     triton_linear.py       few rows: decoding and multiplying in one
 
-Few rows are multiplied with weights that are decoded in registers. For many, some columns at a time are made dense in
-the dtype of `x`, so that torch's own multiplication rounds weights to it, and takes over. Importing this module imports
-Triton. A call allocates its workspaces with `torch.empty` and synchronizes nothing: CUDA graphs capture it.
+Few rows are multiplied with weights that are decoded in registers, to float32's precision. For many, some columns at a
+time are made dense and torch multiplies: weights, and the bias, are then rounded to the dtype of `x` first. Importing
+this module imports Triton. Workspaces come from `torch.empty` and nothing is synchronized: CUDA graphs capture a call.
 
 Not done here: one launch for all shards of a fused linear; experts; tuning. Where the fused kernel stops being the
 faster one (`FUSED_ROWS`) is estimated from bytes moved, not measured.
