@@ -71,8 +71,7 @@ class Sweep:
                         **self._measure(self._folder / name, results),
                     }
                     self._save(results)
-        wanted = {name_of(options) for options in points}
-        return {**results, "points": {name: found for name, found in results["points"].items() if name in wanted}}
+        return {**results, "points": {name: results["points"][name] for name in map(name_of, points)}}
 
     def _write(self, options: quantize.Options, target: Path, command: Sequence[str]) -> str:
         """One checkpoint, resumed where it was left. Returns the manifest's SHA-256."""

@@ -98,9 +98,7 @@ def _supports(name: str, device: torch.device) -> Support:
     if name == "reference":
         return YES
     if name == "triton":
-        support = triton_support(device)
-        missing = importlib.util.find_spec(f"gemma4q_kernels.exl3.{_SEARCHES[name]}") is None
-        return no("this build has no search in Triton") if support and missing else support
+        return triton_support(device)
     if device.type != "cpu":
         return no(f"numba compiles for CPUs, got device {device}")
     if importlib.util.find_spec("numba") is None:
