@@ -1,4 +1,4 @@
-"""`gemma4q evaluate perplexity|divergence`: what a checkpoint is worth on the engine that serves it."""
+"""`gemma4q evaluate perplexity|divergence|gsm8k`: what a checkpoint is worth on the engine that serves it."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from vllm_gemma4q.commands import evaluate_gsm8k
 from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.evaluation.windows import Framing
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # transformers, which only these commands need
     from vllm_gemma4q.evaluation.measure import Protocol
 
 app = typer.Typer(help="Measure checkpoints through vLLM.", no_args_is_help=True)
+app.command("gsm8k")(evaluate_gsm8k.command)
 
 _WIDTH = 140
 
