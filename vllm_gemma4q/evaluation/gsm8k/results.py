@@ -19,7 +19,6 @@ from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.evaluation.gsm8k.answers import Outcome, Parse, Reply, outcome
 
 _FORMAT = "gemma4q gsm8k 1"
-_REPLY_KEYS = ("text", "finish_reason", "tokens", "error")
 
 
 @dataclass
@@ -146,9 +145,10 @@ def _parse(path: Path, lines: list[bytes]) -> Results:
         index, expected = value.get("question"), value.get("expected")
         if not isinstance(index, int) or not 0 <= index < count or not isinstance(expected, str):
             raise InputError(f"{path}: line {number}: question {index!r}, expected a number below {count}")
-        if not isinstance(value.get("text"), str):
-            raise InputError(f"{path}: line {number}: key text: got {value.get('text')!r}, expected a string")
-        results.replies[index] = Reply(**{key: value.get(key) for key in _REPLY_KEYS})
+        text = value.get("text")
+        if not isinstance(text, str):
+            raise InputError(f"{path}: line {number}: key text: got {text!r}, expected a string")
+        results.replies[index] = Reply(text, value.get("finish_reason"), value.get("tokens"), value.get("error"))
         results.expected[index] = expected
     return results
 

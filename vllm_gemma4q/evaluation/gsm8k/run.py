@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.evaluation.gsm8k.answers import Reply, normalise
-from vllm_gemma4q.evaluation.gsm8k.client import TEMPERATURE, Endpoint, ask_all, served_models
+from vllm_gemma4q.evaluation.gsm8k.client import RETRIES, TEMPERATURE, Endpoint, ask_all, served_models
 from vllm_gemma4q.evaluation.gsm8k.prompt import STOP, build_messages, prompt_digest
 from vllm_gemma4q.evaluation.gsm8k.questions import Question, digest
 from vllm_gemma4q.evaluation.gsm8k.results import Results, writing
@@ -50,6 +50,7 @@ class Target:
         model: the name that requests give.
         checkpoint: folder, where there is no `url`.
         flags: of `vllm serve`.
+        retries: of one request.
     """
 
     identity: Mapping[str, Any]
@@ -57,19 +58,20 @@ class Target:
     model: str
     checkpoint: Path | None = None
     flags: Sequence[str] = ()
+    retries: int = RETRIES
 
     @contextmanager
     def reached(self, log: Path) -> Iterator[Endpoint]:
         """The server, for the time of the block. Raises InputError: see `serve`."""
         if self.url is not None:
-            yield Endpoint(self.url, self.model)
+            yield Endpoint(self.url, self.model, self.retries)
             return
         assert self.checkpoint is not None
         with serve(self.checkpoint, self.flags, log) as server:
-            yield Endpoint(server.url, self.model)
+            yield Endpoint(server.url, self.model, self.retries)
 
 
-def running_server(url: str, model: str | None) -> Target:
+def running_server(url: str, model: str | None, retries: int = RETRIES) -> Target:
     """A server's model, its only one where none is named.
 
     Raises:
@@ -78,21 +80,21 @@ def running_server(url: str, model: str | None) -> Target:
     if not url.startswith(("http://", "https://")):
         raise InputError(f"--url: got {url}, expected http://HOST:PORT/v1")
     url = url.rstrip("/")
-    offered = served_models(url)
+    offered = served_models(url, retries)
     if model is None and len(offered) == 1:
         model = next(iter(offered))
     if model is None or model not in offered:
         raise InputError(f"--model: got {model}, expected one of {', '.join(offered) or 'none, the server has none'}")
-    return Target({"model": {"name": model, "root": offered[model]}}, url, model)
+    return Target({"model": {"name": model, "root": offered[model]}}, url, model, retries=retries)
 
 
-def checkpoint_folder(folder: Path, flags: Sequence[str]) -> Target:
+def checkpoint_folder(folder: Path, flags: Sequence[str], retries: int = RETRIES) -> Target:
     """A checkpoint that is served for the time of the run. Raises InputError: it is none."""
     from vllm_gemma4q.calibration.identity import model_identity  # takes seconds to import
     from vllm_gemma4q.checkpoint import open_checkpoint
 
     identity = {"model": model_identity(open_checkpoint(folder)), "serve_flags": list(flags)}
-    return Target(identity, None, MODEL_NAME, folder, flags)
+    return Target(identity, None, MODEL_NAME, folder, flags, retries)
 
 
 def run(
