@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from vllm_gemma4q.commands import bench, calibrate, evaluate, prune, quantize, restore, sweep, tune, vram
+from vllm_gemma4q.commands import bench, calibrate, doctor, evaluate, prune, quantize, restore, sweep, tune, vram
 from vllm_gemma4q.errors import InputError
 
 EXIT_BAD_INPUT = 2
@@ -24,6 +24,7 @@ app.command("restore")(restore.command)
 app.command("tune")(tune.command)
 app.command("bench")(bench.command)
 app.command("vram")(vram.command)
+app.command("doctor")(doctor.command)
 app.command("sweep")(sweep.command)
 app.add_typer(evaluate.app, name="evaluate")
 

@@ -1,0 +1,90 @@
+"""Tokenizer, processor and generation files, and the chat template.
+
+Not done: whether a template renders what the model was trained on; without `--base` only defects that show in its text
+are found.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, TemplateSyntaxError
+
+from vllm_gemma4q.doctor.engines import EXLLAMAV3, Engine
+from vllm_gemma4q.doctor.finding import Finding, Severity
+from vllm_gemma4q.doctor.subject import Subject
+
+TEMPLATE_FILE, KEY = "chat_template.jinja", "chat_template"
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
+_PROCESSORS = ("processor_config.json", "preprocessor_config.json")
+_TURN, _GEMMA3_TURN = "<|turn>", "<start_of_turn>"
+
+
+def check(subject: Subject, engine: Engine) -> Iterator[Finding]:
+    """Files that engines need beside the weights."""
+    folder = subject.folder
+    if not any((folder / name).is_file() for name in _TOKENIZERS):
+        yield _missing(subject, "missing-tokenizer", _TOKENIZERS[0], "the engine stops: it has no tokenizer")
+    processors = [name for name in _PROCESSORS if (folder / name).is_file()]
+    if "vision_config" in subject.config and not processors and engine.name != EXLLAMAV3:
+        yield _missing(subject, "missing-processor", _PROCESSORS[0], "the engine stops: pictures need a processor")
+    if not (folder / "generation_config.json").is_file():
+        reason = "without its end-of-turn tokens and sampling defaults, those of config.json and the engine hold"
+        yield _missing(subject, "missing-generation-config", "generation_config.json", reason, Severity.NOTE)
+    yield from _chat_template(subject)
+
+
+def _missing(subject: Subject, code: str, name: str, reason: str, severity: Severity = Severity.ERROR) -> Finding:
+    fix = f"cp {subject.base_path}/{name} {subject.path}/"
+    return Finding(code, severity, name, "nothing (missing)", "the file of the model it was made from", reason, fix)
+
+
+def _chat_template(subject: Subject) -> Iterator[Finding]:
+    template = read_template(subject.folder)
+    if template is None:
+        reason = "the chat endpoints of the engine refuse every request"
+        yield _missing(subject, "missing-chat-template", TEMPLATE_FILE, reason, Severity.WARNING)
+        return
+    fix = f"cp {subject.base_path}/{TEMPLATE_FILE} {subject.path}/"
+    original = None if subject.base is None else read_template(subject.base.folder)
+    if original is not None and original.strip() != template.strip():
+        found, expected = f"another text ({len(template)} characters)", f"BASE's ({len(original)} characters)"
+        reason = "prompts are framed otherwise than the model learned"
+        yield Finding("stale-chat-template", Severity.WARNING, TEMPLATE_FILE, found, expected, reason, fix)
+    try:
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+    except TemplateSyntaxError as error:
+        found = f"a syntax error in line {error.lineno} ({error.message})"
+        reason = "the chat endpoints of the engine refuse every request"
+        yield Finding("bad-chat-template", Severity.WARNING, TEMPLATE_FILE, found, "a Jinja template", reason, fix)
+        return
+    if _GEMMA3_TURN in template or _TURN not in template:
+        found = f"Gemma 3's {_GEMMA3_TURN}" if _GEMMA3_TURN in template else f"no {_TURN}"
+        reason = "prompts are framed otherwise than the model learned"
+        yield Finding("wrong-chat-template", Severity.WARNING, TEMPLATE_FILE, found, _TURN, reason, fix)
+    if "tools" not in template:
+        reason = "tools of a request never reach the model"
+        yield Finding("no-tools-in-template", Severity.NOTE, TEMPLATE_FILE, "no tools", "them", reason, fix)
+
+
+def read_template(folder: Path) -> str | None:
+    """The chat template that engines take: the file of its own, else that of the tokenizer or processor."""
+    path = folder / TEMPLATE_FILE
+    if path.is_file():
+        return path.read_text(encoding="utf-8", errors="replace")
+    for name in ("chat_template.json", "tokenizer_config.json", "processor_config.json"):
+        value = _read(folder / name).get(KEY)
+        if isinstance(value, list):  # several, by name
+            value = next((item.get("template") for item in value if isinstance(item, dict)), None)
+        if isinstance(value, str):
+            return value
+    return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
