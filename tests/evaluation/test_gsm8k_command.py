@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from gsm8k_server import Chat, completion, right, serving, write_questions
@@ -149,8 +150,14 @@ def test_a_server_that_dies_leaves_a_file_to_go_on_with(gsm8k, files, tmp_path):
     assert resumed == {**whole, "results": str(tmp_path / "r")}
 
 
+def test_a_server_that_hangs_ends_the_run(gsm8k, files, tmp_path):
+    with serving(Chat(seconds=1)) as url:
+        code, _, err = gsm8k("--url", url, *files, "--results", tmp_path / "r", "--retries", "0", "--timeout", "0.2")
+    assert code == 2 and "no reply in time; run the same command again to go on" in err and err.count("\n") == 1
+
+
 def test_interrupted(files, tmp_path):
-    command = [sys.executable, "-c", "from vllm_gemma4q.cli import main; main()", "evaluate", "gsm8k", *files]
+    command = [Path(sys.executable).with_name("gemma4q"), "evaluate", "gsm8k", *files]
     with serving(Chat(seconds=0.3)) as url:
         command += ["--url", url, "--results", str(tmp_path / "r"), "--concurrency", "2"]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

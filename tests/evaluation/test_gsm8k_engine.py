@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from gsm8k_server import write_questions
 
+from vllm_gemma4q.evaluation.gsm8k.client import Patience
 from vllm_gemma4q.evaluation.gsm8k.results import read_results
 from vllm_gemma4q.evaluation.gsm8k.run import checkpoint_folder
 
@@ -16,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DENSE = ROOT / "examples" / "small_gemma4" / "dense"
 DATA = ROOT.parent / "shared" / "data"
 COUNT = 40
+GEMMA4Q = Path(sys.executable).with_name("gemma4q")
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -27,7 +29,7 @@ FLAGS = ("--enforce-eager", "--dtype", "float32", "--max-model-len", "4096", "--
 def url(tmp_path_factory):
     """Of the server that a run on a checkpoint folder starts for itself."""
     log = tmp_path_factory.mktemp("server") / "vllm.log"
-    with checkpoint_folder(DENSE, FLAGS).reached(log) as endpoint:
+    with checkpoint_folder(DENSE, FLAGS, Patience()).reached(log) as endpoint:
         yield endpoint.url
 
 
@@ -43,8 +45,7 @@ def files(tmp_path_factory):
 
 def command(url, files, results):
     asked = [*files, "--limit", str(COUNT), "--max-tokens", "32", "--concurrency", "4"]
-    gemma4q = [sys.executable, "-c", "from vllm_gemma4q.cli import main; main()"]
-    return [*gemma4q, "evaluate", "gsm8k", "--url", url, *asked, "--results", str(results), "--json"]
+    return [GEMMA4Q, "evaluate", "gsm8k", "--url", url, *asked, "--results", str(results), "--json"]
 
 
 def texts(path):

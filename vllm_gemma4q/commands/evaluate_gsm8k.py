@@ -49,7 +49,8 @@ def command(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Of a reply.")] = 512,
     concurrency: Annotated[int, typer.Option(min=1, help="Questions in flight.")] = 32,
-    retries: Annotated[int, typer.Option(min=0, help="Of a request that finds no server or an overloaded one.")] = 5,
+    retries: Annotated[int, typer.Option(min=0, help="Of a request that finds no server, or an overloaded one.")] = 5,
+    timeout: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="For a reply, queueing included.")] = 1800,
     log: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep what the engine of CKPT prints.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
@@ -62,7 +63,9 @@ def command(
         protocol = _protocol(questions, shots, n_shots, seed, limit, max_tokens)
         if baseline is not None and not _same(baseline, results):
             _check_baseline(baseline, protocol)
-        found = _run(protocol, _target(checkpoint, url, model, serve_flag or [], retries), results, concurrency, log)
+        found = _run(
+            protocol, _target(checkpoint, url, model, serve_flag or [], (retries, timeout)), results, concurrency, log
+        )
     compared = None if baseline is None or _same(baseline, found.path) else _compared(baseline, found)
     _show(found, baseline, compared, as_json)
 
@@ -100,7 +103,10 @@ def _check_installed() -> None:
         raise InputError("openai: not installed: pip install 'vllm-gemma4q[evaluate]'") from error
 
 
-def _target(checkpoint: Path | None, url: str | None, model: str | None, flags: list[str], retries: int) -> "Target":
+def _target(
+    checkpoint: Path | None, url: str | None, model: str | None, flags: list[str], patience: tuple[int, float]
+) -> "Target":
+    from vllm_gemma4q.evaluation.gsm8k.client import Patience
     from vllm_gemma4q.evaluation.gsm8k.run import checkpoint_folder, running_server
 
     if (checkpoint is None) == (url is None):
@@ -108,11 +114,11 @@ def _target(checkpoint: Path | None, url: str | None, model: str | None, flags: 
     if url is not None:
         if flags:
             raise InputError("--serve-flag: got also --url, expected CKPT: a running server has its flags")
-        return running_server(url, model, retries)
+        return running_server(url, model, Patience(*patience))
     if model is not None:
         raise InputError("--model: got also CKPT, expected --url: a served checkpoint is the only model")
     assert checkpoint is not None
-    return checkpoint_folder(checkpoint, flags, retries)
+    return checkpoint_folder(checkpoint, flags, Patience(*patience))
 
 
 def _check_baseline(baseline: Path, protocol: "Protocol") -> None:

@@ -17,10 +17,24 @@ from vllm_gemma4q.evaluation.gsm8k.answers import Reply
 from vllm_gemma4q.evaluation.gsm8k.prompt import STOP, Messages
 
 TEMPERATURE = 0.0
-# The library waits 0.5 s before the first and at most 8 s before later ones: a restarted proxy is survived.
-RETRIES = 5
 # More say that the server is broken (or its context too short for the prompt), not one question.
 ERRORS_IN_A_ROW = 10
+
+
+@dataclass(frozen=True)
+class Patience:
+    """With one request.
+
+    Attributes:
+        retries: when there is no server, or an overloaded one; after 0.5 s at first, later after at most 8 s.
+        timeout: seconds from a request to its reply, of which it may have waited in the server's queue for most.
+    """
+
+    retries: int = 5
+    timeout: float = 1800.0
+
+
+PATIENT = Patience()
 
 
 @dataclass(frozen=True)
@@ -28,17 +42,19 @@ class Endpoint:
     """Attributes:
     url: ends in `/v1`.
     model: the name that requests give.
-    retries: of one request.
     """
 
     url: str
     model: str
-    retries: int = RETRIES
+    patience: Patience = PATIENT
 
     def connect(self) -> openai.AsyncOpenAI:
         """The key is that of the environment, as for OpenAI's own clients; local servers need none."""
         return openai.AsyncOpenAI(
-            base_url=self.url, api_key=os.environ.get("OPENAI_API_KEY", "none"), max_retries=self.retries
+            base_url=self.url,
+            api_key=os.environ.get("OPENAI_API_KEY", "none"),
+            max_retries=self.patience.retries,
+            timeout=openai.Timeout(self.patience.timeout, connect=5.0),
         )
 
 
@@ -60,7 +76,7 @@ def ask_all(
         raise group.exceptions[0] from None
 
 
-def served_models(url: str, retries: int = RETRIES) -> dict[str, str | None]:
+def served_models(url: str, patience: Patience) -> dict[str, str | None]:
     """Names of the models a server offers, and the path or repository each is loaded from where it says so.
 
     Raises:
@@ -68,7 +84,7 @@ def served_models(url: str, retries: int = RETRIES) -> dict[str, str | None]:
     """
 
     async def list_models() -> dict[str, str | None]:
-        async with Endpoint(url, "", retries).connect() as client:
+        async with Endpoint(url, "", patience).connect() as client:
             found = await client.models.list()
             return {model.id: getattr(model, "root", None) for model in found.data}
 

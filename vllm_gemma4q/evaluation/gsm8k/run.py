@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.evaluation.gsm8k.answers import Reply, normalise
-from vllm_gemma4q.evaluation.gsm8k.client import RETRIES, TEMPERATURE, Endpoint, ask_all, served_models
+from vllm_gemma4q.evaluation.gsm8k.client import PATIENT, TEMPERATURE, Endpoint, Patience, ask_all, served_models
 from vllm_gemma4q.evaluation.gsm8k.prompt import STOP, build_messages, prompt_digest
 from vllm_gemma4q.evaluation.gsm8k.questions import Question, digest
 from vllm_gemma4q.evaluation.gsm8k.results import Results, writing
@@ -50,7 +50,7 @@ class Target:
         model: the name that requests give.
         checkpoint: folder, where there is no `url`.
         flags: of `vllm serve`.
-        retries: of one request.
+        patience: with its requests.
     """
 
     identity: Mapping[str, Any]
@@ -58,20 +58,27 @@ class Target:
     model: str
     checkpoint: Path | None = None
     flags: Sequence[str] = ()
-    retries: int = RETRIES
+    patience: Patience = PATIENT
 
     @contextmanager
     def reached(self, log: Path) -> Iterator[Endpoint]:
-        """The server, for the time of the block. Raises InputError: see `serve`."""
+        """The server, for the time of the block.
+
+        Raises:
+            InputError: see `serve`; what the block raises then names the log too.
+        """
         if self.url is not None:
-            yield Endpoint(self.url, self.model, self.retries)
+            yield Endpoint(self.url, self.model, self.patience)
             return
         assert self.checkpoint is not None
         with serve(self.checkpoint, self.flags, log) as server:
-            yield Endpoint(server.url, self.model, self.retries)
+            try:
+                yield Endpoint(server.url, self.model, self.patience)
+            except InputError as error:
+                raise InputError(f"{error} (see {log})") from error
 
 
-def running_server(url: str, model: str | None, retries: int = RETRIES) -> Target:
+def running_server(url: str, model: str | None, patience: Patience) -> Target:
     """A server's model, its only one where none is named.
 
     Raises:
@@ -80,21 +87,21 @@ def running_server(url: str, model: str | None, retries: int = RETRIES) -> Targe
     if not url.startswith(("http://", "https://")):
         raise InputError(f"--url: got {url}, expected http://HOST:PORT/v1")
     url = url.rstrip("/")
-    offered = served_models(url, retries)
+    offered = served_models(url, patience)
     if model is None and len(offered) == 1:
         model = next(iter(offered))
     if model is None or model not in offered:
         raise InputError(f"--model: got {model}, expected one of {', '.join(offered) or 'none, the server has none'}")
-    return Target({"model": {"name": model, "root": offered[model]}}, url, model, retries=retries)
+    return Target({"model": {"name": model, "root": offered[model]}}, url, model, patience=patience)
 
 
-def checkpoint_folder(folder: Path, flags: Sequence[str], retries: int = RETRIES) -> Target:
+def checkpoint_folder(folder: Path, flags: Sequence[str], patience: Patience) -> Target:
     """A checkpoint that is served for the time of the run. Raises InputError: it is none."""
     from vllm_gemma4q.calibration.identity import model_identity  # takes seconds to import
     from vllm_gemma4q.checkpoint import open_checkpoint
 
     identity = {"model": model_identity(open_checkpoint(folder)), "serve_flags": list(flags)}
-    return Target(identity, None, MODEL_NAME, folder, flags, retries)
+    return Target(identity, None, MODEL_NAME, folder, flags, patience)
 
 
 def run(
