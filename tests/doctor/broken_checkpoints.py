@@ -1,0 +1,335 @@
+"""Sound checkpoints of every scheme, made from the small trained models, and ways to break them.
+
+A break changes a folder in place. Edits go through the safetensors library and plain JSON, not the code under test.
+"""
+
+import json
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from restore.damage import change_quantization, load, read_config, store, to_int8, write_config
+from safetensors.torch import save_file
+from vllm_plugin import checkpoints, exl3_checkpoints
+from vllm_plugin import fp8_checkpoints as fp8
+
+from vllm_gemma4q.checkpoint import open_checkpoint
+from vllm_gemma4q.checkpoint.convert import convert
+from vllm_gemma4q.quark_int8 import quantize as quark_int8
+
+SMALL = Path(__file__).resolve().parents[2] / "examples" / "small_gemma4"
+LAYERS = "model.language_model.layers."
+FULL = f"{LAYERS}2.self_attn."  # values that are the keys
+TOWER = r"vision_tower.*proj\.linear\.weight$"
+# E4M3 keeps three bits at any magnitude, so that inputs far below this lose little.
+_INPUT_ABSMAX = 50.0
+
+
+def write_good(folder: Path) -> dict[str, Path]:
+    """Every sound checkpoint, by name."""
+    good = {f"bf16-{kind}": SMALL / kind for kind in ("dense", "moe")}
+    for kind in ("dense", "moe"):
+        int8 = folder / f"int8-{kind}"
+        assert convert(quark_int8.plan(open_checkpoint(SMALL / kind)), int8, ["test"], lambda _: None)
+        ignored = [*fp8.linears_outside(SMALL / kind), *fp8.virtual_values(SMALL / kind)]
+        inputs = defaultdict(lambda: _INPUT_ABSMAX)
+        eight = fp8.quantize(SMALL / kind, folder / f"fp8-{kind}", inputs, ignored)
+        packed, dense = exl3_checkpoints.make(SMALL / kind, folder / f"exl3-{kind}", folder / f"dense-of-exl3-{kind}")
+        good |= {f"int8-{kind}": int8, f"fp8-{kind}": eight, f"exl3-{kind}": packed, dense.name: dense}
+    channels = fp8.variant(good["fp8-dense"], folder / "fp8-channels", fp8.by_channel)
+    good["fp8-channels"] = fp8.reconfigured(channels, fp8.compressed_tensors(fp8.linears_outside(SMALL / "dense")))
+    good["int8-text"] = checkpoints.text_only(good["int8-dense"], folder / "int8-text")
+    good["int8-fused"] = checkpoints.edit(good["int8-moe"], folder / "int8-fused", checkpoints.fuse_experts)
+    good["int8-sharded"] = _sharded(good["int8-dense"], folder / "int8-sharded")
+    return good
+
+
+def _sharded(source: Path, target: Path) -> Path:
+    """In two files, with an index."""
+    shutil.copytree(source, target)
+    tensors = load(target)
+    (target / "model.safetensors").unlink()
+    weight_map = {}
+    for number, names in enumerate((sorted(tensors)[::2], sorted(tensors)[1::2]), 1):
+        file = f"model-{number:05d}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in names}, target / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return target
+
+
+def base_of(name: str) -> Path:
+    """The checkpoint that a sound one was made from."""
+    return SMALL / ("moe" if name.endswith(("moe", "fused")) else "dense")
+
+
+@dataclass(frozen=True)
+class Broken:
+    """One way to break a checkpoint.
+
+    Attributes:
+        good: the sound one that it starts from.
+        change: breaks a copy of it, in place.
+        codes: what the doctor has to find for an engine on a CPU: `code` by engine, with the severity.
+    """
+
+    good: str
+    change: Callable[[Path], None]
+    codes: dict[str, tuple[str, str]]
+
+
+def edited(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Callable[[Path], None]:
+    """A break that changes tensors."""
+    return lambda folder: store(folder, change(load(folder)))
+
+
+def without(pattern: str) -> Callable[[Path], None]:
+    """A break that loses tensors."""
+
+    def drop(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        kept = {name: tensor for name, tensor in tensors.items() if not re.search(pattern, name)}
+        assert len(kept) < len(tensors)
+        return kept
+
+    return edited(drop)
+
+
+def restored(prefix: str) -> Callable[[Path], None]:
+    """A break that has modules of the language model unquantized."""
+
+    def change(folder: Path) -> None:
+        kind = "moe" if any(".experts." in name for name in load(folder)) else "dense"
+        store(folder, checkpoints.unquantize(load(folder), load(SMALL / kind), prefix))
+
+    return change
+
+
+def rounded(pattern: str) -> Callable[[Path], None]:
+    """A break that quantizes what should not be."""
+
+    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        names = [name for name in tensors if re.search(pattern, name) and tensors[name].dim() == 2]
+        assert names
+        for name in names:
+            tensors[name], tensors[f"{name}_scale"] = to_int8(tensors[name])
+        return tensors
+
+    return edited(change)
+
+
+def lost(*names: str) -> Callable[[Path], None]:
+    """A break that loses files."""
+
+    def change(folder: Path) -> None:
+        for name in names:
+            (folder / name).unlink()
+
+    return change
+
+
+def configured(**text: Any) -> Callable[[Path], None]:
+    """A break that changes the text configuration."""
+
+    def change(folder: Path) -> None:
+        config = read_config(folder)
+        write_config(folder, {**config, "text_config": {**config["text_config"], **text}})
+
+    return change
+
+
+def unlisted(folder: Path) -> None:
+    """The full layer's attention unquantized, and listed by a glob."""
+    restored(FULL)(folder)
+    exclude = read_config(folder)["quantization_config"]["exclude"]
+    change_quantization(folder, exclude=[*exclude, f"*{FULL}*"])
+
+
+def half_listed(folder: Path) -> None:
+    """The same, listed by the names of tensors that exist."""
+    restored(FULL)(folder)
+    exclude = read_config(folder)["quantization_config"]["exclude"]
+    change_quantization(folder, exclude=[*exclude, *(f"{FULL}{name}_proj" for name in "qko")])
+
+
+def wrongly_listed(folder: Path) -> None:
+    """int8 weights on the list."""
+    exclude = read_config(folder)["quantization_config"]["exclude"]
+    change_quantization(folder, exclude=[*exclude, f"{LAYERS}0.mlp.down_proj"])
+
+
+def split_list(folder: Path) -> None:
+    """One shard of a fused linear on the list."""
+    exclude = read_config(folder)["quantization_config"]["exclude"]
+    change_quantization(folder, exclude=[*exclude, f"{LAYERS}0.mlp.up_proj"])
+
+
+def with_dead_rule(folder: Path) -> None:
+    """A rule with a typing error."""
+    exclude = read_config(folder)["quantization_config"]["exclude"]
+    change_quantization(folder, exclude=[*exclude, "model.vision_towr"])
+
+
+def shifted_index(folder: Path) -> None:
+    """A tensor that the index has in the other file."""
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    files = sorted(set(index["weight_map"].values()))
+    name = f"{LAYERS}0.mlp.down_proj.weight"
+    index["weight_map"][name] = files[index["weight_map"][name] == files[0]]
+    path.write_text(json.dumps(index))
+
+
+def truncated(folder: Path) -> None:
+    """A file of which the end is missing."""
+    path = next(folder.glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def in_float16(folder: Path) -> None:
+    config = read_config(folder)
+    config["text_config"]["dtype"] = "float16"
+    write_config(folder, {**config, "dtype": "float16"})
+
+
+def with_fewer_layers(folder: Path) -> None:
+    types = read_config(folder)["text_config"]["layer_types"]
+    configured(num_hidden_layers=len(types) - 1, layer_types=types[1:])(folder)
+
+
+def with_values(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return tensors | {f"{FULL}v_proj.weight": tensors[f"{FULL}k_proj.weight"].clone()}
+
+
+def with_virtual_scale(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return tensors | {f"{FULL}v_proj.weight_scale": tensors[f"{FULL}k_proj.weight_scale"].clone()}
+
+
+def without_config(folder: Path) -> None:
+    config = read_config(folder)
+    del config["quantization_config"]
+    write_config(folder, config)
+
+
+def with_other_storage(folder: Path) -> None:
+    path = folder / "quantization_config.json"
+    content = json.loads(path.read_text())
+    entry = next(iter(content["tensor_storage"].values()))["stored_tensors"]
+    next(iter(entry.values()))["shape"] = [1, 2, 3]
+    path.write_text(json.dumps(content))
+
+
+def text_of(name: str, text: str) -> Callable[[Path], None]:
+    """A break that replaces a file."""
+    return lambda folder: (folder / name).write_text(text) and None
+
+
+def _leftovers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return fp8.leave_scales(tensors, TOWER)
+
+
+def unlist_leftovers(folder: Path) -> None:
+    """Scales beside a tower that is not quantized, and not on the list."""
+    edited(_leftovers)(folder)
+    change_quantization(folder, ignored_layers=["lm_head"])
+
+
+PLUGIN, STOCK = "vllm", "vllm-stock"
+FAILS, WRONG, NOTE = "error", "warning", "note"
+
+
+def _both(code: str, severity: str) -> dict[str, tuple[str, str]]:
+    return {PLUGIN: (code, severity), STOCK: (code, severity)}
+
+
+TEMPLATE = "chat_template.jinja"
+BROKEN: dict[str, Broken] = {
+    # Scales and dtypes.
+    "int8-no-scale": Broken("int8-dense", without(r"\.0\.mlp\.down_proj\.weight_scale$"),
+                            {PLUGIN: ("missing-scale", FAILS), STOCK: ("missing-scale", WRONG)}),
+    "fp8-no-input-scale": Broken("fp8-dense", without(r"\.0\.mlp\.down_proj\.input_scale$"),
+                                 {PLUGIN: ("missing-scale", FAILS)}),
+    "fp8-expert-no-scale": Broken("fp8-moe", without(r"\.0\.experts\.1\.up_proj\.weight_scale$"),
+                                  {PLUGIN: ("missing-scale", FAILS)}),
+    "int8-tower": Broken("int8-dense", rounded(TOWER), {PLUGIN: ("never-quantized", FAILS)}),
+    "int8-router": Broken("int8-moe", rounded(r"router\.proj\.weight$"), _both("never-quantized", FAILS)),
+    "int8-embeddings": Broken("int8-dense", rounded(r"embed_tokens\.weight$"), _both("never-quantized", FAILS)),
+    "int8-tower-scale": Broken("int8-dense", edited(_leftovers), _both("leftover-scale", FAILS)),
+    "int8-virtual-scale": Broken("int8-dense", edited(with_virtual_scale), _both("leftover-scale", FAILS)),
+    "fp8-tower-scale": Broken("fp8-dense", unlist_leftovers, {PLUGIN: ("leftover-scale", FAILS)}),
+    "fp8-tower-scale-listed": Broken("fp8-dense", edited(_leftovers), {PLUGIN: ("leftover-scale", NOTE)}),
+    "int8-half-gate-up": Broken("int8-dense", restored(f"{LAYERS}1.mlp.gate_proj"),
+                                {PLUGIN: ("fused-disagree", FAILS), STOCK: ("fused-disagree", WRONG)}),
+    "int8-no-config": Broken("int8-dense", without_config, _both("no-quantization-config", FAILS)),
+    # Lists.
+    "int8-glob": Broken("int8-dense", unlisted, {PLUGIN: ("partly-quantized", NOTE), STOCK: ("list-misses", WRONG)}),
+    "int8-no-values-listed": Broken("int8-dense", half_listed, {STOCK: ("list-lacks-absent-values", FAILS)}),
+    "int8-listed": Broken("int8-dense", wrongly_listed,
+                          {PLUGIN: ("list-disagrees", NOTE), STOCK: ("list-covers-quantized", FAILS)}),
+    "int8-split-list": Broken("int8-dense", split_list, {STOCK: ("list-splits-fused", FAILS)}),
+    "int8-dead-rule": Broken("int8-dense", with_dead_rule, _both("dead-rule", NOTE)),
+    # Coverage.
+    "int8-bf16-experts": Broken("int8-moe", restored(f"{LAYERS}1.experts."), {PLUGIN: ("experts-unquantized", WRONG)}),
+    "int8-bf16-attention": Broken("int8-dense", restored(FULL), {PLUGIN: ("partly-quantized", NOTE)}),
+    "int8-nothing": Broken("int8-dense", restored("model."), {PLUGIN: ("nothing-quantized", WRONG)}),
+    # Tensors against the configuration.
+    "int8-no-norm": Broken("int8-dense", without(r"\.1\.input_layernorm\.weight$"),
+                           {PLUGIN: ("missing-tensor", FAILS), STOCK: ("missing-tensor", WRONG)}),
+    "bf16-no-norm": Broken("bf16-dense", without(r"\.1\.input_layernorm\.weight$"), _both("missing-tensor", FAILS)),
+    "bf16-no-values": Broken("bf16-dense", without(r"\.0\.self_attn\.v_proj\.weight$"), _both("missing-tensor", WRONG)),
+    "bf16-no-scalar": Broken("bf16-dense", without(r"\.1\.layer_scalar$"), _both("missing-tensor", WRONG)),
+    "bf16-values": Broken("bf16-dense", edited(with_values), _both("k-eq-v", FAILS)),
+    "bf16-layers": Broken("bf16-dense", with_fewer_layers, _both("surplus-tensor", FAILS)),
+    "bf16-width": Broken("bf16-dense", configured(intermediate_size=128), _both("shape-mismatch", FAILS)),
+    # Files.
+    "int8-no-shard": Broken("int8-sharded", lost("model-00002-of-00002.safetensors"),
+                            {PLUGIN: ("missing-shard", FAILS), STOCK: ("missing-shard", WRONG)}),
+    "int8-stale-index": Broken("int8-sharded", shifted_index,
+                               {PLUGIN: ("stale-index", FAILS), STOCK: ("stale-index", NOTE)}),
+    "int8-no-index": Broken("int8-sharded", lost("model.safetensors.index.json"),
+                            {PLUGIN: ("no-index", FAILS), STOCK: ("no-index", NOTE)}),
+    "int8-truncated": Broken("int8-sharded", truncated, _both("damaged-shard", FAILS)),
+    "bf16-pickle": Broken("bf16-dense", text_of("pytorch_model.bin", "no pickle"), _both("pickle-file", NOTE)),
+    "bf16-no-tokenizer": Broken("bf16-dense", lost("tokenizer.json"), _both("missing-tokenizer", FAILS)),
+    "bf16-no-processor": Broken("bf16-dense", lost("processor_config.json"), _both("missing-processor", FAILS)),
+    "bf16-no-generation": Broken("bf16-dense", lost("generation_config.json"), _both("missing-generation-config", NOTE)),
+    "bf16-no-template": Broken("bf16-dense", lost(TEMPLATE), _both("missing-chat-template", WRONG)),
+    "bf16-stale-template": Broken("bf16-dense", text_of(TEMPLATE, "<|turn>{{ tools }}"),
+                                  _both("stale-chat-template", WRONG)),
+    "bf16-gemma3-template": Broken("bf16-dense", text_of(TEMPLATE, "<start_of_turn>{{ tools }}"),
+                                   _both("wrong-chat-template", WRONG)),
+    "bf16-bad-template": Broken("bf16-dense", text_of(TEMPLATE, "<|turn>{% if %}"), _both("bad-chat-template", WRONG)),
+    "bf16-toolless": Broken("bf16-dense", text_of(TEMPLATE, "<|turn>"), _both("no-tools-in-template", NOTE)),
+    # Types.
+    "int8-float16": Broken("int8-dense", in_float16, {PLUGIN: ("float16", FAILS)}),
+    "bf16-float16": Broken("bf16-dense", in_float16, _both("float16", WRONG)),
+    # EXL3.
+    "exl3-no-signs": Broken("exl3-dense", without(r"\.1\.mlp\.down_proj\.svh$"), {PLUGIN: ("refused", FAILS)}),
+    "exl3-tower": Broken("exl3-dense", edited(exl3_checkpoints.pack_tower), {PLUGIN: ("never-quantized", FAILS)}),
+    "exl3-storage": Broken("exl3-dense", with_other_storage, {PLUGIN: ("storage-disagrees", NOTE)}),
+    "exl3-storage-text": Broken("exl3-dense", text_of("quantization_config.json", "[1]"),
+                                {PLUGIN: ("storage-unreadable", FAILS)}),
+}  # fmt: skip
+# What the plugin's findings of these name is an engine's option, a download, or a quantization that takes minutes.
+MENDED_ELSEWHERE = frozenset({
+    "fp8-no-input-scale", "fp8-expert-no-scale", "int8-glob", "int8-bf16-attention", "bf16-no-norm", "bf16-no-values",
+    "bf16-no-scalar", "bf16-values", "bf16-layers", "bf16-width", "int8-no-shard", "int8-truncated", "int8-float16",
+    "bf16-float16", "exl3-storage", "exl3-no-signs", "exl3-tower",
+})  # fmt: skip
+# Sound checkpoints that stock vLLM for CPUs cannot serve.
+UNSUPPORTED_BY_STOCK = ("fp8-dense", "fp8-moe", "fp8-channels", "int8-moe", "int8-fused", "exl3-dense", "exl3-moe")
+
+
+def write_broken(name: str, good: dict[str, Path], folder: Path) -> Path:
+    """A broken checkpoint."""
+    broken = BROKEN[name]
+    target = folder / name
+    shutil.copytree(good[broken.good], target, ignore=shutil.ignore_patterns("*manifest*"))
+    for path in target.rglob("*"):
+        path.chmod(0o644)
+    broken.change(target)
+    return target

@@ -1,0 +1,136 @@
+"""The doctor's verdicts against what vLLM 0.32 on a CPU really does with the same checkpoints, plugin or not.
+
+Engines follow each other in one process for each: only those of the tests that were selected. What fails has to fail;
+what is called silently wrong has to come up and answer otherwise than the original; all else has to answer like it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from doctor.broken_checkpoints import BROKEN, PLUGIN, SMALL, STOCK, base_of, write_broken
+from tolerances import DOCTOR_RIGHT
+from vllm_plugin.engine import Request, _to_json, engine_environment
+
+from vllm_gemma4q.doctor.diagnose import Diagnosis, Verdict, diagnose
+from vllm_gemma4q.doctor.engines import Device, parse_engine
+from vllm_gemma4q.doctor.subject import open_subject
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+GOOD = ("bf16-dense", "bf16-moe", "int8-dense", "int8-moe", "int8-text", "int8-fused", "int8-sharded", "fp8-dense",
+        "fp8-moe", "fp8-channels", "exl3-dense", "exl3-moe")  # fmt: skip
+# Warnings of what the engine computes wrong; others are of memory, float16's range or chats.
+SILENT = {"missing-scale", "fused-disagree", "list-misses", "missing-tensor", "missing-shard"}
+PROCESS = Path(__file__).with_name("matrix_process.py")
+TIMEOUT_SECONDS = 1800
+CASES = [(name, engine) for engine in (PLUGIN, STOCK) for name in (*GOOD, *BROKEN)]
+
+
+def reference(name: str) -> str:
+    """The sound checkpoint that has to answer alike."""
+    start = BROKEN[name].good if name in BROKEN else name
+    if start.startswith("exl3"):
+        return f"dense-of-{start}"
+    return "bf16-moe" if base_of(start).name == "moe" else "bf16-dense"
+
+
+@pytest.fixture(scope="module")
+def folders(
+    request: pytest.FixtureRequest, good: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], Path]:
+    """Of the selected tests and of what they are compared with, by name and engine."""
+    target, chosen = tmp_path_factory.mktemp("broken"), {}
+    broken: dict[str, Path] = {}
+    for item in request.session.items:
+        if item.parent is request.node and hasattr(item, "callspec"):
+            name, engine = item.callspec.params["name"], item.callspec.params["engine"]
+            if name in BROKEN and name not in broken:
+                broken[name] = write_broken(name, good, target)
+            chosen[name, engine] = broken.get(name) or good[name]
+            chosen[reference(name), PLUGIN] = good[reference(name)]
+    return chosen
+
+
+@pytest.fixture(scope="module")
+def answers(
+    folders: dict[tuple[str, str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """What each engine said or died of."""
+    prompt, place = _prompt(), tmp_path_factory.mktemp("matrix")
+    result = {}
+    for engine, plugins in ((PLUGIN, {}), (STOCK, {"VLLM_PLUGINS": ""})):
+        asked = [key for key in folders if key[1] == engine]
+        if asked:
+            requests = [_request(folders[key], key[0], prompt) for key in asked]
+            found = _run(requests, place / engine, plugins)
+            result |= dict(zip(asked, found, strict=True))
+    return result
+
+
+def _request(folder: Path, name: str, prompt: list[int]) -> dict[str, Any]:
+    settings: dict[str, Any] = {"distributed_executor_backend": "uni"}
+    if name == "int8-text":
+        settings["limit_mm_per_prompt"] = None
+    return _to_json(Request(folder, [prompt], max_tokens=1, engine=settings), {})
+
+
+def _prompt() -> list[int]:
+    from transformers import AutoTokenizer
+
+    sys.path.insert(0, str(SMALL.parent))
+    from small_gemma4 import corpus
+
+    ids = AutoTokenizer.from_pretrained(SMALL / "dense")(corpus.training_sections()[7]).input_ids
+    return list(ids[:128])
+
+
+def _run(requests: list[dict[str, Any]], place: Path, plugins: dict[str, str]) -> list[dict[str, Any]]:
+    place.mkdir()
+    (place / "requests.json").write_text(json.dumps(requests))
+    paths = os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])
+    env = engine_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": paths} | plugins
+    with (place / "log").open("w") as log:
+        command = [sys.executable, str(PROCESS), str(place / "requests.json"), str(place / "results.json")]
+        subprocess.run(
+            command, env=env, cwd=place, stdout=log, stderr=subprocess.STDOUT, timeout=TIMEOUT_SECONDS, check=True
+        )
+    return list(json.loads((place / "results.json").read_text()))
+
+
+def expected(diagnosis: Diagnosis) -> str:
+    """What the engine has to do."""
+    if diagnosis.verdict is Verdict.FAILS:
+        return "fails"
+    wrong = {finding.code for finding in diagnosis.findings if finding.severity == "warning"}
+    return "wrong" if wrong & SILENT else "right"
+
+
+def observed(answer: dict[str, Any], original: dict[str, Any]) -> str:
+    """What it did."""
+    if answer["error"] is not None:
+        return "fails"
+    if answer["logprobs"] is None:
+        return "wrong"
+    p, q = np.array(original["logprobs"]), np.array(answer["logprobs"])
+    return "right" if (np.exp(p) * (p - q)).sum(axis=1).mean() < DOCTOR_RIGHT else "wrong"
+
+
+@pytest.mark.parametrize(("name", "engine"), CASES)
+def test_the_verdict_is_what_happens(
+    name: str,
+    engine: str,
+    folders: dict[tuple[str, str], Path],
+    answers: dict[tuple[str, str], dict[str, Any]],
+) -> None:
+    original = answers[reference(name), PLUGIN]
+    assert original["error"] is None
+    diagnosis = diagnose(open_subject(folders[name, engine], None), parse_engine(engine, Device.CPU))
+    answer = answers[name, engine]
+    findings = [(finding.code, finding.severity.value) for finding in diagnosis.findings]
+    assert observed(answer, original) == expected(diagnosis), (answer["error"], findings)
