@@ -6,6 +6,7 @@ test_gsm8k_engine.py does the same with `vllm serve`.
 
 import json
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -148,6 +149,21 @@ def test_a_server_that_dies_leaves_a_file_to_go_on_with(gsm8k, files, tmp_path):
         _, resumed, _ = gsm8k("--url", url, *options, "--results", tmp_path / "r")
     assert sorted(chat.attempts) == list(range(6, COUNT))
     assert resumed == {**whole, "results": str(tmp_path / "r")}
+
+
+def test_a_full_disk_ends_the_run(gsm8k, files, tmp_path):
+    """As a limit of this process on sizes of files: the line that does not fit is cut, and asked again later."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with serving(Chat()) as url:
+        arguments = ("--url", url, *files, "--results", tmp_path / "r", "--json")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, hard))
+        try:
+            code, _, err = gsm8k(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert (code, err) == (2, f"error: {tmp_path / 'r'}: File too large; run the same command again to go on\n")
+        assert (tmp_path / "r").stat().st_size == 1500
+        assert gsm8k(*arguments)[1]["strict"]["correct"] == COUNT
 
 
 def test_a_server_that_hangs_ends_the_run(gsm8k, files, tmp_path):

@@ -12,8 +12,9 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.evaluation.gsm8k.answers import Outcome, Parse, Reply, outcome
@@ -76,7 +77,7 @@ def writing(path: Path, identity: Mapping[str, Any]) -> Iterator["Writer"]:
         InputError: it cannot be written, another run is writing it, or it is of another run; says what differs.
     """
     try:
-        file = path.open("a+b")
+        file = path.open("a+b", buffering=0)  # a full disk shows at the line, not when the file is closed
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}, expected a file that can be written") from error
     with file:
@@ -90,7 +91,7 @@ def writing(path: Path, identity: Mapping[str, Any]) -> Iterator["Writer"]:
 class Writer:
     """Appends to a result file."""
 
-    def __init__(self, results: Results, file: IO[bytes]) -> None:
+    def __init__(self, results: Results, file: FileIO) -> None:
         self.results = results
         self._file = file
 
@@ -101,7 +102,7 @@ class Writer:
         self.results.expected[index] = expected
 
 
-def _begin(path: Path, file: IO[bytes], identity: Mapping[str, Any]) -> Results:
+def _begin(path: Path, file: FileIO, identity: Mapping[str, Any]) -> Results:
     file.seek(0)
     content = file.read()
     complete = content[: content.rfind(b"\n") + 1]  # a killed run may have cut its last line
@@ -122,12 +123,13 @@ def _begin(path: Path, file: IO[bytes], identity: Mapping[str, Any]) -> Results:
     return found
 
 
-def _append(path: Path, file: IO[bytes], value: Mapping[str, Any]) -> None:
+def _append(path: Path, file: FileIO, value: Mapping[str, Any]) -> None:
+    line = json.dumps(value).encode() + b"\n"
     try:
-        file.write(json.dumps(value).encode() + b"\n")
-        file.flush()
+        while line:
+            line = line[file.write(line) :]
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from error
+        raise InputError(f"{path}: {error.strerror}; run the same command again to go on") from error
 
 
 def _parse(path: Path, lines: list[bytes]) -> Results:
