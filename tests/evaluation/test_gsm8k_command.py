@@ -310,6 +310,7 @@ def test_bad_options(gsm8k, files, tmp_path, monkeypatch):
     out = ("--results", str(tmp_path / "r"))
     cases = [
         ((), "expected CKPT or --url, or neither and two finished result files"),
+        ((*out, "--baseline", str(tmp_path / "r")), "as for --results, expected the results of another model"),
         (files[:2], "--results: missing"),
         (out + files, "CKPT: missing, expected CKPT or --url"),
         (("--url", "http://x/v1", str(tmp_path), *out, *files), "--url: got also CKPT"),

@@ -75,6 +75,8 @@ def _finished(results: Path | None, baseline: Path | None) -> "Results":
 
     if results is None or baseline is None:
         raise InputError(_NO_TARGET)
+    if _same(baseline, results):
+        raise InputError(f"--baseline: got {baseline} as for --results, expected the results of another model")
     found = read_results(results)
     found.check_complete()
     return found
