@@ -11,6 +11,8 @@ from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+COUNT = 12  # questions of a test
+
 
 def write_questions(path, count, first=0):
     """Made-up questions in GSM8K's format: number n asks for 3 n + 2."""
@@ -37,6 +39,22 @@ def completion(content, finish_reason="stop"):
     choice = {"index": 0, "message": {"role": "assistant", "content": content}, "finish_reason": finish_reason}
     usage = {"prompt_tokens": 9, "completion_tokens": 5, "total_tokens": 14}
     return {"id": "1", "object": "chat.completion", "created": 0, "model": "m", "choices": [choice], "usage": usage}
+
+
+def mixed(n, attempt):
+    """One of each kind of reply."""
+    kinds = {
+        1: completion(f"#### {3 * n + 3}"),
+        2: completion(f"It is {3 * n + 2}."),
+        3: completion("It goes on and", "length"),
+        4: completion(""),
+        5: completion(None),
+        6: (400, {"error": {"message": "prompt too\nlong", "code": 400}}),
+        7: completion(right(n), "length"),
+        8: {**completion(""), "choices": []},
+        9: "<html>",
+    }
+    return kinds.get(n, completion(right(n)))
 
 
 class Chat:
