@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from vllm_gemma4q.commands import bench, calibrate, doctor, evaluate, prune, quantize, restore, sweep, tune, vram
+from vllm_gemma4q.commands import bench, calibrate, card, doctor, evaluate, prune, quantize, restore, sweep, tune, vram
 from vllm_gemma4q.errors import InputError
 
 EXIT_BAD_INPUT = 2
@@ -26,6 +26,7 @@ app.command("bench")(bench.command)
 app.command("vram")(vram.command)
 app.command("doctor")(doctor.command)
 app.command("sweep")(sweep.command)
+app.command("card")(card.command)
 app.add_typer(evaluate.app, name="evaluate")
 
 

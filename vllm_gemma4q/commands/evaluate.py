@@ -53,7 +53,7 @@ def perplexity_command(
     """Perplexity on a text, each checkpoint as vLLM serves it."""
     protocol = load(checkpoints[0], text, framing, context, chunks, dtype, ranks)
     with engine_log(log) as output:
-        found = {str(path): protocol.run(path, output).to_json() for path in checkpoints}
+        found = {str(path): {**_identity(path), **protocol.run(path, output).to_json()} for path in checkpoints}
     _show({"protocol": protocol.to_json(), "checkpoints": found}, as_json)
 
 
@@ -77,10 +77,10 @@ def divergence_command(
     protocol = load(reference, text, framing, context, chunks, dtype, ranks)
     with engine_log(log) as output, tempfile.TemporaryDirectory(dir=work) as folder:
         base = protocol.run(reference, output, Path(folder, "reference"))
-        found = {str(reference): base.to_json()}
+        found = {str(reference): {**_identity(reference), **base.to_json()}}
         for path in checkpoints:
             other = protocol.run(path, output, Path(folder, "other"))
-            found[str(path)] = other.to_json(protocol.compare(base, other))
+            found[str(path)] = {**_identity(path), **other.to_json(protocol.compare(base, other))}
     _show({"protocol": protocol.to_json(), "reference": str(reference), "checkpoints": found}, as_json)
 
 
@@ -114,6 +114,14 @@ def load(
     except ImportError as error:
         raise InputError(f"{error.name}: not installed: pip install 'vllm-gemma4q[evaluate]'") from error
     return load_protocol(checkpoint, text, framings or list(Framing), context, chunks, dtype, ranks)
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    """Which model figures are of, whatever its folder is called."""
+    from vllm_gemma4q.calibration.identity import model_identity
+    from vllm_gemma4q.checkpoint import open_checkpoint
+
+    return {"model": model_identity(open_checkpoint(path))}
 
 
 def _show(result: dict[str, Any], as_json: bool) -> None:

@@ -6,14 +6,14 @@ FOLDER/sweep.png
 FOLDER/reference.logits  the original's distributions while there is something to compare: 1 MB a position
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vllm_gemma4q.checkpoint import Checkpoint
+from vllm_gemma4q.calibration.identity import model_identity
+from vllm_gemma4q.checkpoint import Checkpoint, open_checkpoint
 from vllm_gemma4q.checkpoint.convert import Conversion, convert
 from vllm_gemma4q.checkpoint.header import read_json
 from vllm_gemma4q.checkpoint.run import MANIFEST
@@ -62,23 +62,23 @@ class Sweep:
         with self._recordings():
             for options in points:
                 name = name_of(options)
-                digest = self._write(options, self._folder / name, command)
-                if results["points"].get(name, {}).get("manifest") != digest:
+                model = self._write(options, self._folder / name, command)
+                if results["points"].get(name, {}).get("model") != model:
                     self._say(f"{name}: measuring")
                     results["points"][name] = {
-                        "manifest": digest,
+                        "model": model,
                         **_size(self._folder / name),
                         **self._measure(self._folder / name, results),
                     }
                     self._save(results)
         return {**results, "points": {name: results["points"][name] for name in map(name_of, points)}}
 
-    def _write(self, options: quantize.Options, target: Path, command: Sequence[str]) -> str:
-        """One checkpoint, resumed where it was left. Returns the manifest's SHA-256."""
+    def _write(self, options: quantize.Options, target: Path, command: Sequence[str]) -> dict[str, str]:
+        """One checkpoint, resumed where it was left. Returns its identity."""
         conversion = quantize.plan(self._source, options, self._statistics)
         with self._bar(conversion) as bar:
             convert(conversion, target, command, bar.update)
-        return hashlib.sha256((target / MANIFEST).read_bytes()).hexdigest()
+        return model_identity(open_checkpoint(target))
 
     def _measure(self, target: Path, results: dict[str, Any]) -> dict[str, Any]:
         if self._reference is None:
