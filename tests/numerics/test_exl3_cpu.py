@@ -10,6 +10,12 @@ from tolerances import EXL3_LINEAR, rms_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
+@pytest.fixture(autouse=True)
+def no_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With numba, few rows are multiplied elsewhere (`test_exl3_cpu_few_rows.py`)."""
+    monkeypatch.setattr(cpu, "_has_numba", lambda: False)
+
+
 class LargestTensor(TorchDispatchMode):
     """Notes the size in bytes of the largest tensor that any operation returned."""
 

@@ -14,14 +14,14 @@ such sets: each has its own input vector suh, and may have its own K.
     format.py     shapes, checks, packed signs    reference.py  the definition; the oracle
     hadamard.py   the transform                   cpu.py        tables, a block at a time
     dispatch.py   which backend, and why          triton*.py    GPUs
-    slicing.py    a rank's blocks of a linear
+    slicing.py    a rank's blocks of a linear     cpu_few_rows.py, few_rows_column.py  decoding in registers, by numba
 
 Writing (`quantize_linear`; `encode` for tiles alone):
 
     regularize.py  signs, scales, rotation        ldlq.py         feedback of errors, by the inputs' second moments
     quantize.py    one linear, from end to end    encode.py       which search, and why
     packing.py     paths to trellises             viterbi.py      the search's definition, in torch
-    vectors.py     16 floats in numba             viterbi_cpu.py  the search by numba, which only encoding imports
+    vectors.py     16 floats in numba             viterbi_cpu.py  the search by numba
                                                   viterbi_triton.py  the search on GPUs
 
 Not done here: gradients.

@@ -1,7 +1,8 @@
 """EXL3 with torch's vector operations: a block at a time, states looked up in a table of all 65536 values.
 
-Weights are the reference's to the bit. The scratch is 8 bytes a weight of a block, and what its words take: some MB
-for a thread, whatever the weight's size. Runs on GPUs as well, where Triton is missing.
+Weights are the reference's to the bit. Few rows of activations on a CPU go to `cpu_few_rows.py` where numba is
+installed; what is said of `linear` here is for the rest. The scratch is 8 bytes a weight of a block, and what its words
+take: some MB for a thread, whatever the weight's size. Runs on GPUs as well, where Triton is missing.
 
     linear        rotates activations, like the reference, and multiplies a few columns of tiles at a time:
                   [16 columns, (row of the tile, tile)], since the innermost axis is then as long as it can be
@@ -9,11 +10,12 @@ for a thread, whatever the weight's size. Runs on GPUs as well, where Triton is 
 
 Measured on one thread (AVX-512), 5376 x 5376 at 4 bits, CPU time: linear takes 53 ms for a row (0.27 GB/s of packed
 weights; dense float32: 8 ms) and 0.32 s for 512 rows (dense: 0.19 s), reconstruct 0.22 s. Good for looking at a
-checkpoint and for tests, not for traffic.
+checkpoint and for tests, not for traffic (`cpu_few_rows.py`: 8 ms for a row).
 """
 
+import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -28,6 +30,8 @@ _TILES = BLOCK // TILE
 _BLOCK_WEIGHTS = 1 << 18
 # torch looks up in a vector on one thread, 0.6 ns a weight, and in a matrix on all of them, 2.0 ns (AVX-512).
 _THREADS_FOR_MATRIX = 4
+# Rows of activations up to which `cpu_few_rows.py` takes less time: 45 to 65, more at few bits (a thread, AVX-512).
+_FEW_ROWS = 48
 
 
 def can_implement(problem: Problem) -> Support:
@@ -100,17 +104,43 @@ def linear(x: torch.Tensor, shards: Sequence[Exl3Weight], bias: torch.Tensor | N
 def _multiply(x: torch.Tensor, weight: Exl3Weight) -> torch.Tensor:
     """float32 [.., in] to float32 [.., out], as the transposed product."""
     words = _words(weight.trellis)
-    tiles, columns, _ = words.shape
     rotated = _rotated((x.reshape(-1, weight.in_features) * weight.suh.float()).t())
+    out = _product_of(rotated.shape[1], x.device, weight.codebook)(rotated, words, weight.codebook)
+    return (_rotated(out).t() * (weight.svh.float() / BLOCK)).reshape(*x.shape[:-1], -1)
+
+
+def _product_of(
+    rows: int, device: torch.device, codebook: str
+) -> Callable[[torch.Tensor, torch.Tensor, str], torch.Tensor]:
+    """What multiplies so many rows: `cpu_few_rows.multiply`, or the same of blocks.
+
+    numba compiles at the first product, however many rows it has: while a server starts, not while it answers.
+    """
+    if device.type != "cpu" or not _has_numba():
+        return _product_of_blocks
+    from gemma4q_kernels.exl3 import cpu_few_rows
+
+    cpu_few_rows.prepare(codebook)
+    return cpu_few_rows.multiply if rows <= _FEW_ROWS else _product_of_blocks
+
+
+@cache
+def _has_numba() -> bool:
+    return importlib.util.find_spec("numba") is not None
+
+
+def _product_of_blocks(rotated: torch.Tensor, words: torch.Tensor, codebook: str) -> torch.Tensor:
+    """float32 [in, M] and int32 [in/16, out/16, 8 K] to float32 [out, M]."""
+    tiles, columns, _ = words.shape
     rotated = rotated.view(tiles, TILE, -1).transpose(0, 1).flatten(0, 1)
-    out = torch.empty((weight.out_features, rotated.shape[1]), dtype=torch.float32, device=x.device)
+    out = torch.empty((TILE * columns, rotated.shape[1]), dtype=torch.float32, device=rotated.device)
     step = _in_a_block(tiles * TILE * TILE, columns)
-    scratch = _scratch(step * tiles * TILE * TILE, x.device)
+    scratch = _scratch(step * tiles * TILE * TILE, rotated.device)
     for start in range(0, columns, step):
         part = words[:, start : start + step].permute(1, 2, 0).contiguous()
-        block = _decode(part, True, weight.codebook, scratch).view(-1, len(rotated))
+        block = _decode(part, True, codebook, scratch).view(-1, len(rotated))
         torch.mm(block, rotated, out=out[TILE * start : TILE * (start + step)])
-    return (_rotated(out).t() * (weight.svh.float() / BLOCK)).reshape(*x.shape[:-1], -1)
+    return out
 
 
 def _rotated(x: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Vectors of 16 float32 in functions compiled by numba, which has no type for them and seldom vectorises by itself.
 
 They become LLVM's vectors: a register with AVX-512, two with AVX2, four with NEON or SSE. Not for use outside
-`viterbi_cpu.py`: addresses are not checked.
+`viterbi_cpu.py` and `few_rows_column.py`: addresses are not checked.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic, models, register_model
 
 LANES = 16
-_VECTOR = ir.VectorType(ir.FloatType(), LANES)
+VECTOR = ir.VectorType(ir.FloatType(), LANES)
 
 
 class _Vector(types.Type):
@@ -23,21 +23,21 @@ class _Vector(types.Type):
         super().__init__(name="float32x16")
 
 
-_vector = _Vector()
+FLOATS = _Vector()
 
 
 @register_model(_Vector)
 class _VectorModel(models.PrimitiveModel):
-    def __init__(self, manager: Any, vector: _Vector) -> None:
-        super().__init__(manager, vector, _VECTOR)
+    def __init__(self, manager: Any, kind: _Vector) -> None:
+        super().__init__(manager, kind, VECTOR)
 
 
-def _instruction(function: Callable[..., Any]) -> Callable[..., Any]:
+def instruction(function: Callable[..., Any]) -> Callable[..., Any]:
     result: Callable[..., Any] = intrinsic(function)
     return result
 
 
-def _address(context: Any, builder: Any, signature: Any, arguments: Any, kind: ir.Type) -> Any:
+def address(context: Any, builder: Any, signature: Any, arguments: Any, kind: ir.Type) -> Any:
     """Pointer to `array[index]`, the first two arguments, as one to `kind`."""
     array = context.make_array(signature.args[0])(context, builder, arguments[0])
     return builder.bitcast(builder.gep(array.data, [arguments[1]]), kind.as_pointer())
@@ -45,7 +45,7 @@ def _address(context: Any, builder: Any, signature: Any, arguments: Any, kind: i
 
 def _loaded(context: Any, builder: Any, signature: Any, arguments: Any, count: int) -> Any:
     kind = ir.VectorType(ir.FloatType(), count)
-    loaded = builder.load(_address(context, builder, signature, arguments, kind))
+    loaded = builder.load(address(context, builder, signature, arguments, kind))
     loaded.align = 4
     return loaded
 
@@ -59,61 +59,61 @@ def _spread(builder: Any, vector: Any, times: int) -> Any:
 def reader(times: int) -> Callable[..., Any]:
     """`read(array, index)`: the 16 / `times` elements from `index` on, each `times` times; `times` divides 16."""
 
-    @_instruction
+    @instruction
     def read(_context: Any, array: Any, index: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             loaded = _loaded(context, builder, signature, arguments, LANES // times)
             return loaded if times == 1 else _spread(builder, loaded, times)
 
-        return _vector(array, types.intp), generate
+        return FLOATS(array, types.intp), generate
 
     return read
 
 
-@_instruction
+@instruction
 def fill(_context: Any, number: Any) -> Any:
     """A number in all lanes."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        first = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), arguments[0], ir.IntType(32)(0))
+        first = builder.insert_element(ir.Constant(VECTOR, ir.Undefined), arguments[0], ir.IntType(32)(0))
         return _spread(builder, first, LANES)
 
-    return _vector(types.float32), generate
+    return FLOATS(types.float32), generate
 
 
-@_instruction
+@instruction
 def write(_context: Any, array: Any, index: Any, vector: Any) -> Any:
     """Store 16 elements from `index` on."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        address = _address(context, builder, signature, arguments, _VECTOR)
-        builder.store(arguments[2], address).align = 4
+        place = address(context, builder, signature, arguments, VECTOR)
+        builder.store(arguments[2], place).align = 4
         return context.get_dummy_value()
 
-    return types.none(array, types.intp, _vector), generate
+    return types.none(array, types.intp, FLOATS), generate
 
 
-@_instruction
+@instruction
 def squared_difference_plus(_context: Any, one: Any, other: Any, addend: Any) -> Any:
     """(one - other)^2 + addend, rounded once less where the processor can."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         difference = builder.fsub(*arguments[:2])
-        kind = ir.FunctionType(_VECTOR, [_VECTOR] * 3)
+        kind = ir.FunctionType(VECTOR, [VECTOR] * 3)
         fused = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fmuladd.v{LANES}f32")
         return builder.call(fused, [difference, difference, arguments[2]])
 
-    return _vector(_vector, _vector, _vector), generate
+    return FLOATS(FLOATS, FLOATS, FLOATS), generate
 
 
-@_instruction
+@instruction
 def smaller(_context: Any, one: Any, other: Any) -> Any:
     """The smaller of two numbers, lane by lane."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         return builder.select(builder.fcmp_ordered("<", *arguments), *arguments)
 
-    return _vector(_vector, _vector), generate
+    return FLOATS(FLOATS, FLOATS), generate
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
