@@ -1,8 +1,11 @@
 """`gemma4q doctor` as users run it: exit codes, JSON, engines, ranks, GGUF files, and 60 GB in seconds."""
 
+import importlib.util
 import json
+import math
 import shutil
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,11 +22,12 @@ from vllm_gemma4q.cli import main
 from vllm_gemma4q.doctor.checks.parallel import largest_of_all
 from vllm_gemma4q.quark_int8.format import quantization_config
 
-GEMMA4Q = Path(sys.executable).with_name("gemma4q")
+GEMMA4Q, GGUF_MIXED = (Path(sys.executable).with_name(name) for name in ("gemma4q", "gguf-mixed"))
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "gemma-4-31b" / "hf_text_tensors.json"
 SIDECARS = ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "generation_config.json",
             "chat_template.jinja")  # fmt: skip
 MB = 1_000_000
+ALONE = "import typer; from vllm_gemma4q.commands.doctor import command; typer.run(command)"
 
 
 @pytest.fixture
@@ -80,31 +84,39 @@ def linears(name, shape):
 
 
 @pytest.mark.parametrize("config", [CONFIG_31B, CONFIG_26B_A4B], ids=["31B", "26B-A4B"])
-def test_large_checkpoints_in_seconds(config, tmp_path, doctor):
-    """Headers of the whole model; INT8 halves its bytes and doubles its tensors."""
+def test_large_int8_checkpoints_in_seconds(config, tmp_path, doctor):
+    """Headers of the whole model: of the mixture, 23,000 tensors."""
     n_bytes = write_int8(tmp_path / "int8", config, list(shapes(config).items()))
     assert n_bytes > 25 * 1000 * MB
-    usage = measure([GEMMA4Q, "doctor", tmp_path / "int8"])
-    assert usage.peak_bytes < 300 * MB
-    assert usage.cpu_seconds < 5
+    check_cost(tmp_path / "int8")
     code, out, _ = doctor(tmp_path / "int8")
     assert code == 0, out
 
 
-def test_a_bf16_checkpoint_of_60_gb(tmp_path):
+def test_a_bf16_checkpoint_of_60_gb(tmp_path, doctor):
     tensors = [(name, "BF16", shape) for name, shape in shapes(CONFIG_31B).items()]
     header = write_header(tensors)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG_31B))
-    total = sum(2 * int(np.prod(shape)) for _, _, shape in tensors)
+    total = sum(2 * math.prod(shape) for _, _, shape in tensors)
     assert total > 60 * 1000 * MB
     with (tmp_path / "model.safetensors").open("wb") as file:
         file.write(header)
         file.truncate(len(header) + total)
     for name in SIDECARS:
         shutil.copy(SMALL / "dense" / name, tmp_path)
-    usage = measure([GEMMA4Q, "doctor", tmp_path])
-    assert usage.peak_bytes < 300 * MB
-    assert usage.cpu_seconds < 5
+    check_cost(tmp_path)
+    code, out, _ = doctor(tmp_path)
+    assert code == 0, out
+
+
+def check_cost(folder):
+    """The doctor alone in seconds and 300 MB; beside the other commands, little more than these take by themselves."""
+    alone = measure([sys.executable, "-c", ALONE, folder])
+    assert alone.cpu_seconds < 5
+    assert alone.peak_bytes < 300 * MB
+    together, nothing = measure([GEMMA4Q, "doctor", folder]), measure([GEMMA4Q, "--help"])
+    assert together.cpu_seconds - nothing.cpu_seconds < 5
+    assert together.peak_bytes - nothing.peak_bytes < 60 * MB
 
 
 def test_the_real_inventory_is_what_the_doctor_expects():
@@ -146,7 +158,12 @@ def test_json(good, tmp_path, doctor):
     assert content["coverage"]["experts"]["share"] == content["coverage"]["attention"]["share"] == 1
     assert content["coverage"]["router"]["share"] == 0
     plugin, stock = content["engines"]
-    assert (plugin["engine"], plugin["version"], plugin["asked"], plugin["verdict"]) == ("vllm", "0.32.0", True, "loads")
+    assert (plugin["engine"], plugin["version"], plugin["asked"], plugin["verdict"]) == (
+        "vllm",
+        "0.32.0",
+        True,
+        "loads",
+    )
     assert (stock["engine"], stock["asked"]) == ("vllm-stock", False)
     code, out, _ = doctor(write_broken("int8-tower", good, tmp_path), "--json")
     finding = json.loads(out)["engines"][0]["findings"][0]
@@ -231,3 +248,33 @@ def test_gguf(tmp_path, doctor):
     assert code == 1 and "does not load GGUF" in out
     code, out, _ = doctor(write_gguf(tmp_path / "bare.gguf", template=False))
     assert code == 1 and "missing-chat-template" in out
+
+
+def gguf_files():
+    """`tests/gguf/gguf_files.py`, from a folder whose name is that of the gguf package."""
+    path = Path(__file__).resolve().parents[1] / "gguf" / "gguf_files.py"
+    spec = importlib.util.spec_from_file_location("gguf_files_of_doctor", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_gguf_against_its_plan(tmp_path, doctor):
+    """A table beside the file is found; a tensor of another type, and a table that is not the file's, are told."""
+    files = gguf_files()
+    model = files.write_gguf(tmp_path / "model.gguf", files.small_moe(), files.gemma4_metadata(2, 256, 256, 3))
+    table, written = tmp_path / "table.txt", tmp_path / "written.gguf"
+    arguments = ["plan", model, "--recipe", "uniform-q8_0", "-o", table]
+    subprocess.run([GGUF_MIXED, *map(str, arguments)], check=True, capture_output=True)
+    arguments = ["quantize", model, written, "--overrides", table]
+    subprocess.run([GGUF_MIXED, *map(str, arguments)], check=True, capture_output=True)
+    planned = json.loads(doctor(written, "--json")[1])["engines"][0]["findings"]
+    assert "not-as-planned" not in {finding["code"] for finding in planned}
+    code, out, _ = doctor(model, "--overrides", table, "--json")
+    (finding,) = (one for one in json.loads(out)["engines"][0]["findings"] if one["code"] == "not-as-planned")
+    assert code == 1
+    assert (finding["found"], finding["expected"]) == ("BF16", "Q8_0")
+    assert finding["count"] > 5 and f"--overrides {table}" in finding["fix"]
+    (tmp_path / "table.txt.json").unlink()
+    code, _, error = doctor(written, "--overrides", table)
+    assert code == 2 and "table.txt.json: missing" in error

@@ -4,7 +4,15 @@ import subprocess
 import sys
 
 import pytest
-from doctor.broken_checkpoints import BROKEN, MENDED_ELSEWHERE, PLUGIN, STOCK, UNSUPPORTED_BY_STOCK, base_of, write_broken
+from doctor.broken_checkpoints import (
+    BROKEN,
+    MENDED_ELSEWHERE,
+    PLUGIN,
+    STOCK,
+    UNSUPPORTED_BY_STOCK,
+    base_of,
+    write_broken,
+)
 
 from vllm_gemma4q.cli import main
 from vllm_gemma4q.doctor.diagnose import Verdict, diagnose
@@ -28,7 +36,10 @@ def found(diagnosis):
 def test_sound_checkpoints_load(name, good):
     diagnosis = examine(good[name], PLUGIN, base_of(name))
     assert diagnosis.verdict is Verdict.LOADS, [finding.line for finding in diagnosis.findings]
-    assert {finding.code for finding in diagnosis.findings} <= {"head-untied", "dead-rule" if name == "int8-text" else ""}
+    assert {finding.code for finding in diagnosis.findings} <= {
+        "head-untied",
+        "dead-rule" if name == "int8-text" else "",
+    }
 
 
 @pytest.mark.parametrize("name", GOOD)
@@ -56,7 +67,9 @@ def _worst(severity):
     return ["note", "warning", "error"].index(severity)
 
 
-@pytest.mark.parametrize("name", [name for name in BROKEN if PLUGIN in BROKEN[name].codes and name not in MENDED_ELSEWHERE])
+@pytest.mark.parametrize(
+    "name", [name for name in BROKEN if PLUGIN in BROKEN[name].codes and name not in MENDED_ELSEWHERE]
+)
 def test_the_fix_mends_it(name, good, tmp_path, monkeypatch):
     """Where it is `gemma4q restore`, `gemma4q quantize --scheme quark-int8`, `cp` or `rm`."""
     code, _ = BROKEN[name].codes[PLUGIN]

@@ -3,17 +3,18 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gguf_mixed.tensors import Inventory
 from vllm_gemma4q.doctor import report
-from vllm_gemma4q.doctor.checks.gguf import find_overrides
 from vllm_gemma4q.doctor.diagnose import Verdict, diagnose, open_patient
 from vllm_gemma4q.doctor.engines import EXLLAMAV3, LLAMA_CPP, VLLM, VLLM_STOCK, Device, Engine, parse_engine
 from vllm_gemma4q.doctor.subject import Scheme, Subject
 from vllm_gemma4q.errors import InputError
+
+if TYPE_CHECKING:
+    from gguf_mixed.tensors import Inventory
 
 EXIT_FINDINGS = 1
 
@@ -42,10 +43,10 @@ def command(
 ) -> None:
     """Will it load, and what would be silently wrong? From headers: exit 0 loads, 1 fails or degrades, 2 unreadable."""
     patient = open_patient(checkpoint, base)
-    is_gguf = isinstance(patient, Inventory)
+    is_gguf = not isinstance(patient, Subject)
     if overrides is not None and not is_gguf:
         raise InputError(f"--overrides {overrides}: expected a .gguf file, got {checkpoint}")
-    table = overrides or (find_overrides(checkpoint) if is_gguf else None)
+    table = overrides or (_planned(checkpoint) if is_gguf else None)
     names = engine or [LLAMA_CPP if is_gguf else VLLM]
     asked = [diagnose(patient, parse_engine(name, device, ranks, expert_parallel), table) for name in names]
     others = [] if engine else [diagnose(patient, one) for one in _others(patient, asked[0].engine)]
@@ -57,9 +58,15 @@ def command(
         raise typer.Exit(EXIT_FINDINGS)
 
 
-def _others(patient: Subject | Inventory, asked: Engine) -> Sequence[Engine]:
+def _planned(written: Path) -> Path | None:
+    from vllm_gemma4q.doctor.checks.gguf import find_overrides
+
+    return find_overrides(written)
+
+
+def _others(patient: "Subject | Inventory", asked: Engine) -> Sequence[Engine]:
     """Engines that might load it too: the same ones differently equipped."""
-    if isinstance(patient, Inventory):
+    if not isinstance(patient, Subject):
         return []
     others = [parse_engine(VLLM_STOCK, asked.device, asked.ranks, asked.expert_parallel)]
     return [*others, parse_engine(EXLLAMAV3)] if patient.scheme is Scheme.EXL3 else others

@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from gguf_mixed.tensors import Inventory, read_inventory
-from vllm_gemma4q.doctor.checks import coverage, exl3, folder, gguf, lists, parallel, scales, shapes, sidecars, support
+from vllm_gemma4q.doctor.checks import coverage, exl3, folder, lists, parallel, scales, shapes, sidecars, support
 from vllm_gemma4q.doctor.engines import Engine
 from vllm_gemma4q.doctor.finding import Finding, Severity
 from vllm_gemma4q.doctor.subject import Subject, open_subject
+
+if TYPE_CHECKING:  # what reads GGUF takes 100 MB of memory: only where there is one
+    from gguf_mixed.tensors import Inventory
 
 Check = Callable[[Subject, Engine], Iterator[Finding]]
 CHECKS: tuple[Check, ...] = tuple(
@@ -45,16 +48,20 @@ class Diagnosis:
         return Verdict.DEGRADED if Severity.WARNING in severities else Verdict.LOADS
 
 
-def open_patient(path: Path, base: Path | None) -> Subject | Inventory:
+def open_patient(path: Path, base: Path | None) -> "Subject | Inventory":
     """A checkpoint folder or a GGUF file.
 
     Raises:
         InputError: see `open_subject` and `read_inventory`.
     """
-    return read_inventory(path) if path.suffix == ".gguf" and path.is_file() else open_subject(path, base)
+    if path.suffix != ".gguf" or not path.is_file():
+        return open_subject(path, base)
+    from gguf_mixed.tensors import read_inventory
+
+    return read_inventory(path)
 
 
-def diagnose(patient: Subject | Inventory, engine: Engine, overrides: Path | None = None) -> Diagnosis:
+def diagnose(patient: "Subject | Inventory", engine: Engine, overrides: Path | None = None) -> Diagnosis:
     """Everything that is wrong for one engine.
 
     Args:
@@ -63,11 +70,13 @@ def diagnose(patient: Subject | Inventory, engine: Engine, overrides: Path | Non
     Raises:
         InputError: the table cannot be read.
     """
-    if isinstance(patient, Inventory):
-        found = list(gguf.check(patient, overrides, engine))
-    else:
+    if isinstance(patient, Subject):
         found = [finding for check in CHECKS for finding in check(patient, engine)]
         found += _refused(patient, engine, found)
+    else:
+        from vllm_gemma4q.doctor.checks import gguf
+
+        found = list(gguf.check(patient, overrides, engine))
     return Diagnosis(engine, sorted(found, key=lambda finding: _ORDER.index(finding.severity)))
 
 

@@ -1,16 +1,18 @@
 """A diagnosis for people and for programs."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gguf_mixed.tensors import Inventory
 from vllm_gemma4q.doctor.checks.coverage import coverage
 from vllm_gemma4q.doctor.checks.parallel import largest_of_all
 from vllm_gemma4q.doctor.diagnose import Diagnosis
 from vllm_gemma4q.doctor.subject import Subject
 
+if TYPE_CHECKING:
+    from gguf_mixed.tensors import Inventory
 
-def as_json(patient: Subject | Inventory, asked: Sequence[Diagnosis], others: Sequence[Diagnosis]) -> dict[str, Any]:
+
+def as_json(patient: "Subject | Inventory", asked: Sequence[Diagnosis], others: Sequence[Diagnosis]) -> dict[str, Any]:
     """One document.
 
     Args:
@@ -33,8 +35,8 @@ def as_json(patient: Subject | Inventory, asked: Sequence[Diagnosis], others: Se
     return {**_facts(patient), "engines": engines}
 
 
-def _facts(patient: Subject | Inventory) -> dict[str, Any]:
-    if isinstance(patient, Inventory):
+def _facts(patient: "Subject | Inventory") -> dict[str, Any]:
+    if not isinstance(patient, Subject):
         return {"checkpoint": str(patient.path), "scheme": "gguf", "tensors": len(patient.tensors)}
     shares = {role: {"quantized": quantized, "parameters": total, "share": quantized / total if total else 0.0}
               for role, (quantized, total) in coverage(patient).items()}  # fmt: skip
@@ -49,7 +51,7 @@ def _facts(patient: Subject | Inventory) -> dict[str, Any]:
     }
 
 
-def lines(patient: Subject | Inventory, asked: Sequence[Diagnosis], others: Sequence[Diagnosis]) -> Iterator[str]:
+def lines(patient: "Subject | Inventory", asked: Sequence[Diagnosis], others: Sequence[Diagnosis]) -> Iterator[str]:
     """Text for a terminal."""
     facts = _facts(patient)
     yield f"{facts['checkpoint']}: {facts['scheme']}, {facts['tensors']:,} tensors"

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vllm_gemma4q.architecture import TextArchitecture, parse_text_architecture
+from vllm_gemma4q.architecture import Role, TextArchitecture, parse_text_architecture, role_of
 from vllm_gemma4q.checkpoint import Checkpoint, TensorInfo, open_checkpoint
 from vllm_gemma4q.checkpoint.header import read_header, read_json
 from vllm_gemma4q.checkpoint.reader import CONFIG, INDEX, PICKLE_SUFFIXES
@@ -25,6 +25,7 @@ from vllm_gemma4q.fp8_static.scheme import ignored_names, is_fp8_static
 from vllm_gemma4q.module_headers import FLOATS, relative_name
 from vllm_gemma4q.quark_int8 import facts as int8
 from vllm_gemma4q.quark_int8.scheme import is_w8a8_int8
+from vllm_gemma4q.restore.formats import METHODS
 
 CODES = frozenset({"I8", "F8_E4M3", "F8_E5M2"})
 
@@ -91,6 +92,11 @@ class Subject:
         return tuple(name for name in names if isinstance(name, str))
 
     @cached_property
+    def roles(self) -> Mapping[str, Role]:
+        """The role of every tensor, by full name: a mixture has 30,000."""
+        return {name: role_of(name) for name in self.tensors}
+
+    @cached_property
     def names(self) -> Mapping[str, TensorInfo]:
         """Tensors by their names relative to the language model's root."""
         return {relative_name(name): tensor for name, tensor in self.tensors.items()}
@@ -111,7 +117,8 @@ class Subject:
         if not self.is_claimed:
             return None, None
         try:
-            tensors = open_checkpoint(self.folder).tensors
+            # Headers are read again only for the plugin's own words on what is wrong with them.
+            tensors = open_checkpoint(self.folder).tensors if self.problems else self.tensors
             if self.scheme is Scheme.INT8:
                 return int8.read_facts(self.architecture, tensors), None
             if self.scheme is Scheme.EXL3:
@@ -131,7 +138,11 @@ class Subject:
 
     @property
     def restore(self) -> str:
-        """The command that mends what a quantizer did to a checkpoint."""
+        """The command that mends what a quantizer did to a checkpoint; one that makes it anew where there is none."""
+        if self.scheme is Scheme.UNQUANTIZED:
+            return self.download
+        if self.quantization.get("quant_method") not in METHODS:
+            return self.requantize
         target = shlex.quote(f"{self.folder}-restored")
         return f"gemma4q restore {self.path} {self.base_path} {target}"
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 
-from vllm_gemma4q.architecture import Role, is_linear_weight, role_of
+from vllm_gemma4q.architecture import Role, is_linear_weight
 from vllm_gemma4q.doctor.engines import Engine
 from vllm_gemma4q.doctor.finding import Finding, Severity
 from vllm_gemma4q.doctor.subject import Scheme, Subject
@@ -38,7 +38,7 @@ def coverage(subject: Subject) -> dict[str, tuple[int, int]]:
     """Parameters of each kind of linear: those that are quantized, and all."""
     counts: dict[str, tuple[int, int]] = {}
     for name, tensor in subject.tensors.items():
-        role = role_of(name)
+        role = subject.roles[name]
         is_trellis = name.endswith(".trellis")
         if role is Role.NORM or not (is_trellis or _is_weight(name, tensor.shape)):
             continue

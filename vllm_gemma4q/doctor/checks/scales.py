@@ -5,8 +5,8 @@ engines fuse and that disagree.
 import re
 from collections.abc import Iterator
 
-from vllm_gemma4q.architecture import FUSED_SHARDS, LINEAR_ROLES, Role, role_of
-from vllm_gemma4q.doctor.engines import Engine
+from vllm_gemma4q.architecture import FUSED_SHARDS, LINEAR_ROLES, Role
+from vllm_gemma4q.doctor.engines import EXLLAMAV3, Engine
 from vllm_gemma4q.doctor.finding import Finding, Severity, about
 from vllm_gemma4q.doctor.subject import CODES, Scheme, Subject
 from vllm_gemma4q.errors import InputError
@@ -35,7 +35,7 @@ def check(subject: Subject, engine: Engine) -> Iterator[Finding]:
 def _never_quantized(subject: Subject, engine: Engine) -> Iterator[Finding]:
     by_role: dict[Role, list[str]] = {}
     for name, tensor in subject.tensors.items():
-        role = role_of(name)
+        role = subject.roles[name]
         is_rounded = (tensor.dtype in CODES and name.endswith(".weight")) or name.endswith(_LEAVES[1:])
         if is_rounded and role not in LINEAR_ROLES and not _is_mended(subject, role, name, engine):
             by_role.setdefault(role, []).append(name)
@@ -48,17 +48,15 @@ def _never_quantized(subject: Subject, engine: Engine) -> Iterator[Finding]:
 
 
 def _is_mended(subject: Subject, role: Role, name: str, engine: Engine) -> bool:
-    """What the plugin makes good: norms that Quark rounded, an output layer in EXL3."""
-    if not engine.has_plugin:
-        return False
-    if role is Role.LM_HEAD and name.endswith(".trellis"):
-        return subject.scheme is Scheme.EXL3
-    return role is Role.NORM and subject.scheme is Scheme.INT8
+    """What the plugin makes good, norms that Quark rounded, and what is EXL3's own: its output layer, in any engine."""
+    if name.endswith(".trellis"):
+        return subject.scheme is Scheme.EXL3 and (role is Role.LM_HEAD or engine.name == EXLLAMAV3)
+    return engine.has_plugin and role is Role.NORM and subject.scheme is Scheme.INT8
 
 
 def _without_config(subject: Subject) -> Iterator[Finding]:
     names = [
-        name for name, tensor in subject.tensors.items() if role_of(name) in LINEAR_ROLES
+        name for name, tensor in subject.tensors.items() if subject.roles[name] in LINEAR_ROLES
         and (tensor.dtype in CODES or name.endswith(_LEAVES[1:]))
     ]  # fmt: skip
     found = f"{subject.tensors[names[0]].dtype} without a quantization_config" if names else ""
@@ -75,7 +73,7 @@ def _missing(subject: Subject, engine: Engine) -> Iterator[Finding]:
     names = {canonical(name): tensor for name, tensor in subject.tensors.items()}
     missing: dict[str, list[str]] = {}
     for name, tensor in names.items():
-        if role_of(tensor.name) in LINEAR_ROLES and is_weight(name) and tensor.dtype in CODES:
+        if subject.roles[tensor.name] in LINEAR_ROLES and is_weight(name) and tensor.dtype in CODES:
             scale = form.missing(name, names)
             if scale is not None:
                 missing.setdefault(scale, []).append(tensor.name)

@@ -12,7 +12,6 @@ from vllm_gemma4q.architecture import (
     Role,
     is_fused_experts,
     layer_index,
-    role_of,
 )
 from vllm_gemma4q.doctor.engines import Engine
 from vllm_gemma4q.doctor.finding import Finding, Severity, about
@@ -36,8 +35,8 @@ def check(subject: Subject, engine: Engine) -> Iterator[Finding]:
             reason = "config.json describes another model, or the tensor is of one"
             expected = f"{list(shape)}, as config.json says"
             yield Finding("shape-mismatch", Severity.ERROR, tensor.name, str(list(tensor.shape)), expected, reason,
-                          subject.restore if subject.quantization else subject.download)  # fmt: skip
-    fix = subject.restore if subject.quantization else subject.download
+                          subject.restore)  # fmt: skip
+    fix = subject.restore
     nothing = "nothing (missing)"
     yield from about("missing-tensor", Severity.ERROR, fatal, nothing, "it", "the engine stops", fix)
     reason = "the engine does not notice, and multiplies with whatever was in memory"
@@ -97,14 +96,14 @@ def _surplus(subject: Subject) -> Iterator[Finding]:
         if not name.startswith("layers.") or ".layers." in name:
             continue
         index = layer_index(f".{name}")
-        role = role_of(tensor.name)
+        role = subject.roles[tensor.name]
         if index >= len(layers):
             beyond.append(tensor.name)
         elif role in (Role.EXPERTS, Role.ROUTER) and layers[index].num_experts is None:
             experts.append(tensor.name)
         elif name.endswith("v_proj.weight") and layers[index].has_key_value and not layers[index].has_value:
             values.append(tensor.name)
-    fix = subject.restore if subject.quantization else subject.download
+    fix = subject.restore
     stops = "the engine stops: it has no place for it"
     yield from about("surplus-tensor", Severity.ERROR, beyond, "it", f"{len(layers)} layers, as config.json says",
                      stops, fix)  # fmt: skip

@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment, TemplateSyntaxError
 
-from vllm_gemma4q.doctor.engines import EXLLAMAV3, Engine
+from vllm_gemma4q.doctor.engines import EXLLAMAV3, Device, Engine
 from vllm_gemma4q.doctor.finding import Finding, Severity
 from vllm_gemma4q.doctor.subject import Subject
 
@@ -28,7 +28,10 @@ def check(subject: Subject, engine: Engine) -> Iterator[Finding]:
         yield _missing(subject, "missing-tokenizer", _TOKENIZERS[0], "the engine stops: it has no tokenizer")
     processors = [name for name in _PROCESSORS if (folder / name).is_file()]
     if "vision_config" in subject.config and not processors and engine.name != EXLLAMAV3:
-        yield _missing(subject, "missing-processor", _PROCESSORS[0], "the engine stops: pictures need a processor")
+        on_cpu = engine.device is Device.CPU  # where vLLM tries no picture before it is asked
+        reason = "every picture is refused" if on_cpu else "the engine stops: pictures need a processor"
+        severity = Severity.WARNING if on_cpu else Severity.ERROR
+        yield _missing(subject, "missing-processor", _PROCESSORS[0], reason, severity)
     if not (folder / "generation_config.json").is_file():
         reason = "without its end-of-turn tokens and sampling defaults, those of config.json and the engine hold"
         yield _missing(subject, "missing-generation-config", "generation_config.json", reason, Severity.NOTE)
