@@ -1,19 +1,41 @@
-"""Sound checkpoints of every scheme, made from the small trained models, and ways to break them.
-
-A break changes a folder in place. Edits go through the safetensors library and plain JSON, not the code under test.
-"""
+"""Sound checkpoints of every scheme, made from the small trained models, and broken copies of them (`breaks.py`)."""
 
 import json
-import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from restore.damage import change_quantization, load, read_config, store, to_int8, write_config
+from doctor.breaks import (
+    FULL,
+    LAYERS,
+    SMALL,
+    TOWER,
+    configured,
+    edited,
+    half_listed,
+    in_float16,
+    leftovers,
+    lost,
+    restored,
+    rounded,
+    shifted_index,
+    split_list,
+    text_of,
+    truncated,
+    unlisted,
+    unlisted_leftovers,
+    with_dead_rule,
+    with_fewer_layers,
+    with_other_storage,
+    with_values,
+    with_virtual_scale,
+    without,
+    without_config,
+    wrongly_listed,
+)
+from restore.damage import load
 from safetensors.torch import save_file
 from vllm_plugin import checkpoints, exl3_checkpoints
 from vllm_plugin import fp8_checkpoints as fp8
@@ -22,10 +44,6 @@ from vllm_gemma4q.checkpoint import open_checkpoint
 from vllm_gemma4q.checkpoint.convert import convert
 from vllm_gemma4q.quark_int8 import quantize as quark_int8
 
-SMALL = Path(__file__).resolve().parents[2] / "examples" / "small_gemma4"
-LAYERS = "model.language_model.layers."
-FULL = f"{LAYERS}2.self_attn."  # values that are the keys
-TOWER = r"vision_tower.*proj\.linear\.weight$"
 # E4M3 keeps three bits at any magnitude, so that inputs far below this lose little.
 _INPUT_ABSMAX = 50.0
 
@@ -36,7 +54,7 @@ def write_good(folder: Path) -> dict[str, Path]:
     for kind in ("dense", "moe"):
         int8 = folder / f"int8-{kind}"
         assert convert(quark_int8.plan(open_checkpoint(SMALL / kind)), int8, ["test"], lambda _: None)
-        ignored = [*fp8.linears_outside(SMALL / kind), *fp8.virtual_values(SMALL / kind)]
+        ignored = fp8.linears_outside(SMALL / kind)
         inputs = defaultdict(lambda: _INPUT_ABSMAX)
         eight = fp8.quantize(SMALL / kind, folder / f"fp8-{kind}", inputs, ignored)
         packed, dense = exl3_checkpoints.make(SMALL / kind, folder / f"exl3-{kind}", folder / f"dense-of-exl3-{kind}")
@@ -83,161 +101,6 @@ class Broken:
     codes: dict[str, tuple[str, str]]
 
 
-def edited(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Callable[[Path], None]:
-    """A break that changes tensors."""
-    return lambda folder: store(folder, change(load(folder)))
-
-
-def without(pattern: str) -> Callable[[Path], None]:
-    """A break that loses tensors."""
-
-    def drop(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        kept = {name: tensor for name, tensor in tensors.items() if not re.search(pattern, name)}
-        assert len(kept) < len(tensors)
-        return kept
-
-    return edited(drop)
-
-
-def restored(prefix: str) -> Callable[[Path], None]:
-    """A break that has modules of the language model unquantized."""
-
-    def change(folder: Path) -> None:
-        kind = "moe" if any(".experts." in name for name in load(folder)) else "dense"
-        store(folder, checkpoints.unquantize(load(folder), load(SMALL / kind), prefix))
-
-    return change
-
-
-def rounded(pattern: str) -> Callable[[Path], None]:
-    """A break that quantizes what should not be."""
-
-    def change(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        names = [name for name in tensors if re.search(pattern, name) and tensors[name].dim() == 2]
-        assert names
-        for name in names:
-            tensors[name], tensors[f"{name}_scale"] = to_int8(tensors[name])
-        return tensors
-
-    return edited(change)
-
-
-def lost(*names: str) -> Callable[[Path], None]:
-    """A break that loses files."""
-
-    def change(folder: Path) -> None:
-        for name in names:
-            (folder / name).unlink()
-
-    return change
-
-
-def configured(**text: Any) -> Callable[[Path], None]:
-    """A break that changes the text configuration."""
-
-    def change(folder: Path) -> None:
-        config = read_config(folder)
-        write_config(folder, {**config, "text_config": {**config["text_config"], **text}})
-
-    return change
-
-
-def unlisted(folder: Path) -> None:
-    """The full layer's attention unquantized, and listed by a glob."""
-    restored(FULL)(folder)
-    exclude = read_config(folder)["quantization_config"]["exclude"]
-    change_quantization(folder, exclude=[*exclude, f"*{FULL}*"])
-
-
-def half_listed(folder: Path) -> None:
-    """The same, listed by the names of tensors that exist."""
-    restored(FULL)(folder)
-    exclude = read_config(folder)["quantization_config"]["exclude"]
-    change_quantization(folder, exclude=[*exclude, *(f"{FULL}{name}_proj" for name in "qko")])
-
-
-def wrongly_listed(folder: Path) -> None:
-    """int8 weights on the list."""
-    exclude = read_config(folder)["quantization_config"]["exclude"]
-    change_quantization(folder, exclude=[*exclude, f"{LAYERS}0.mlp.down_proj"])
-
-
-def split_list(folder: Path) -> None:
-    """One shard of a fused linear on the list."""
-    exclude = read_config(folder)["quantization_config"]["exclude"]
-    change_quantization(folder, exclude=[*exclude, f"{LAYERS}0.mlp.up_proj"])
-
-
-def with_dead_rule(folder: Path) -> None:
-    """A rule with a typing error."""
-    exclude = read_config(folder)["quantization_config"]["exclude"]
-    change_quantization(folder, exclude=[*exclude, "model.vision_towr"])
-
-
-def shifted_index(folder: Path) -> None:
-    """A tensor that the index has in the other file."""
-    path = folder / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    files = sorted(set(index["weight_map"].values()))
-    name = f"{LAYERS}0.mlp.down_proj.weight"
-    index["weight_map"][name] = files[index["weight_map"][name] == files[0]]
-    path.write_text(json.dumps(index))
-
-
-def truncated(folder: Path) -> None:
-    """A file of which the end is missing."""
-    path = next(folder.glob("*.safetensors"))
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
-def in_float16(folder: Path) -> None:
-    config = read_config(folder)
-    config["text_config"]["dtype"] = "float16"
-    write_config(folder, {**config, "dtype": "float16"})
-
-
-def with_fewer_layers(folder: Path) -> None:
-    types = read_config(folder)["text_config"]["layer_types"]
-    configured(num_hidden_layers=len(types) - 1, layer_types=types[1:])(folder)
-
-
-def with_values(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return tensors | {f"{FULL}v_proj.weight": tensors[f"{FULL}k_proj.weight"].clone()}
-
-
-def with_virtual_scale(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return tensors | {f"{FULL}v_proj.weight_scale": tensors[f"{FULL}k_proj.weight_scale"].clone()}
-
-
-def without_config(folder: Path) -> None:
-    config = read_config(folder)
-    del config["quantization_config"]
-    write_config(folder, config)
-
-
-def with_other_storage(folder: Path) -> None:
-    path = folder / "quantization_config.json"
-    content = json.loads(path.read_text())
-    entry = next(iter(content["tensor_storage"].values()))["stored_tensors"]
-    next(iter(entry.values()))["shape"] = [1, 2, 3]
-    path.write_text(json.dumps(content))
-
-
-def text_of(name: str, text: str) -> Callable[[Path], None]:
-    """A break that replaces a file."""
-    return lambda folder: (folder / name).write_text(text) and None
-
-
-def _leftovers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return fp8.leave_scales(tensors, TOWER)
-
-
-def unlist_leftovers(folder: Path) -> None:
-    """Scales beside a tower that is not quantized, and not on the list."""
-    edited(_leftovers)(folder)
-    change_quantization(folder, ignored_layers=["lm_head"])
-
-
 PLUGIN, STOCK = "vllm", "vllm-stock"
 FAILS, WRONG, NOTE = "error", "warning", "note"
 
@@ -258,10 +121,10 @@ BROKEN: dict[str, Broken] = {
     "int8-tower": Broken("int8-dense", rounded(TOWER), {PLUGIN: ("never-quantized", FAILS)}),
     "int8-router": Broken("int8-moe", rounded(r"router\.proj\.weight$"), _both("never-quantized", FAILS)),
     "int8-embeddings": Broken("int8-dense", rounded(r"embed_tokens\.weight$"), _both("never-quantized", FAILS)),
-    "int8-tower-scale": Broken("int8-dense", edited(_leftovers), _both("leftover-scale", FAILS)),
+    "int8-tower-scale": Broken("int8-dense", edited(leftovers), _both("leftover-scale", FAILS)),
     "int8-virtual-scale": Broken("int8-dense", edited(with_virtual_scale), _both("leftover-scale", FAILS)),
-    "fp8-tower-scale": Broken("fp8-dense", unlist_leftovers, {PLUGIN: ("leftover-scale", FAILS)}),
-    "fp8-tower-scale-listed": Broken("fp8-dense", edited(_leftovers), {PLUGIN: ("leftover-scale", NOTE)}),
+    "fp8-tower-scale": Broken("fp8-dense", unlisted_leftovers, {PLUGIN: ("leftover-scale", FAILS)}),
+    "fp8-tower-scale-listed": Broken("fp8-dense", edited(leftovers), {PLUGIN: ("leftover-scale", NOTE)}),
     "int8-half-gate-up": Broken("int8-dense", restored(f"{LAYERS}1.mlp.gate_proj"),
                                 {PLUGIN: ("fused-disagree", FAILS), STOCK: ("fused-disagree", WRONG)}),
     "int8-no-config": Broken("int8-dense", without_config, _both("no-quantization-config", FAILS)),
@@ -277,8 +140,8 @@ BROKEN: dict[str, Broken] = {
     "int8-bf16-attention": Broken("int8-dense", restored(FULL), {PLUGIN: ("partly-quantized", NOTE)}),
     "int8-nothing": Broken("int8-dense", restored("model."), {PLUGIN: ("nothing-quantized", WRONG)}),
     # Tensors against the configuration.
-    "int8-no-norm": Broken("int8-dense", without(r"\.1\.input_layernorm\.weight$"),
-                           {PLUGIN: ("missing-tensor", FAILS), STOCK: ("missing-tensor", WRONG)}),
+    "int8-no-linear": Broken("int8-dense", without(r"\.1\.self_attn\.o_proj\."),
+                             {PLUGIN: ("missing-tensor", FAILS), STOCK: ("missing-tensor", WRONG)}),
     "bf16-no-norm": Broken("bf16-dense", without(r"\.1\.input_layernorm\.weight$"), _both("missing-tensor", FAILS)),
     "bf16-no-values": Broken("bf16-dense", without(r"\.0\.self_attn\.v_proj\.weight$"), _both("missing-tensor", WRONG)),
     "bf16-no-scalar": Broken("bf16-dense", without(r"layer_scalar$"), _both("missing-tensor", WRONG)),

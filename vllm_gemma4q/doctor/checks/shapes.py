@@ -39,7 +39,7 @@ def check(subject: Subject, engine: Engine) -> Iterator[Finding]:
     fix = subject.restore
     nothing = "nothing (missing)"
     yield from about("missing-tensor", Severity.ERROR, fatal, nothing, "it", "the engine stops", fix)
-    reason = "the engine does not notice, and multiplies with whatever was in memory"
+    reason = "the engine does not notice, and computes with ones or whatever was in memory"
     yield from about("missing-tensor", Severity.WARNING, silent, nothing, "it", reason, fix)
     yield from _surplus(subject)
 
