@@ -1,7 +1,8 @@
 """The doctor's verdicts against what vLLM 0.32 on a CPU really does with the same checkpoints, plugin or not.
 
-Engines follow each other in one process, with the plugin and without: only those of the tests that were selected. What fails has to fail;
-what is called silently wrong has to come up and answer otherwise than the original; all else has to answer like it.
+Engines follow each other in one process, with the plugin and without: only those of the tests that were selected. What
+fails has to fail; what is called silently wrong has to come up and answer otherwise than the original; all else has to
+answer like it.
 """
 
 import json
