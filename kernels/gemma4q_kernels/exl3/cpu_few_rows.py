@@ -110,7 +110,12 @@ def _share(work: Callable[[int, int], None], count: int) -> None:
     if threads == 1:
         return work(0, count)
     bounds = [count * part // threads for part in range(threads + 1)]
-    list(_pool(torch.get_num_threads(), os.getpid()).map(lambda part: work(*part), pairwise(bounds)))
+    pool = _pool(torch.get_num_threads() - 1, os.getpid())
+    first, *others = pairwise(bounds)
+    running = [pool.submit(work, *part) for part in others]
+    work(*first)
+    for each in running:
+        each.result()
 
 
 @cache

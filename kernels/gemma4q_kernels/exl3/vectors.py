@@ -9,11 +9,26 @@ from typing import Any
 
 import numba
 from llvmlite import ir
+from llvmlite.binding import ffi
 from numba.core import cgutils, types
 from numba.extending import intrinsic, models, register_model
 
 LANES = 16
 VECTOR = ir.VectorType(ir.FloatType(), LANES)
+
+
+def _patch_vars_of_llvmlite() -> None:
+    """Give llvmlite's library (0.43 to 0.47), which takes any attribute for one of its functions, an empty `__dict__`.
+
+    vLLM 0.32, when it starts an engine on a CPU, asks all that modules hold for their `__dict__`. It fails at this one,
+    so a process that had compiled anything could start no engine, or no second one.
+    """
+    functions = getattr(ffi.lib, "_fntab", None)
+    if isinstance(functions, dict):
+        functions["__dict__"] = {}
+
+
+_patch_vars_of_llvmlite()
 
 
 class _Vector(types.Type):
