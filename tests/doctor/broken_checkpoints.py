@@ -147,7 +147,8 @@ BROKEN: dict[str, Broken] = {
     "bf16-no-scalar": Broken("bf16-dense", without(r"layer_scalar$"), _both("missing-tensor", WRONG)),
     "bf16-values": Broken("bf16-dense", edited(with_values), _both("k-eq-v", FAILS)),
     "bf16-layers": Broken("bf16-dense", with_fewer_layers, _both("surplus-tensor", FAILS)),
-    "bf16-width": Broken("bf16-dense", configured(intermediate_size=128), _both("shape-mismatch", FAILS)),
+    "bf16-width": Broken("bf16-dense", configured(intermediate_size=128), _both("shape-mismatch", WRONG)),
+    "int8-width": Broken("int8-dense", configured(intermediate_size=128), {PLUGIN: ("shape-mismatch", FAILS)}),
     # Files.
     "int8-no-shard": Broken("int8-sharded", lost("model-00002-of-00002.safetensors"),
                             {PLUGIN: ("missing-shard", FAILS), STOCK: ("missing-shard", WRONG)}),
@@ -157,7 +158,7 @@ BROKEN: dict[str, Broken] = {
                             {PLUGIN: ("no-index", FAILS), STOCK: ("no-index", NOTE)}),
     "int8-truncated": Broken("int8-sharded", truncated, _both("damaged-shard", FAILS)),
     "bf16-pickle": Broken("bf16-dense", text_of("pytorch_model.bin", "no pickle"), _both("pickle-file", NOTE)),
-    "bf16-no-tokenizer": Broken("bf16-dense", lost("tokenizer.json"), _both("missing-tokenizer", FAILS)),
+    "bf16-no-tokenizer": Broken("bf16-dense", lost("tokenizer.json"), _both("missing-tokenizer", WRONG)),
     "bf16-no-processor": Broken("bf16-dense", lost("processor_config.json"), _both("missing-processor", WRONG)),
     "bf16-no-generation": Broken("bf16-dense", lost("generation_config.json"),
                                  _both("missing-generation-config", NOTE)),
@@ -181,8 +182,8 @@ BROKEN: dict[str, Broken] = {
 # What the plugin's findings of these name is an engine's option, a download, or a quantization that takes minutes.
 MENDED_ELSEWHERE = frozenset({
     "fp8-no-input-scale", "fp8-expert-no-scale", "int8-glob", "int8-bf16-attention", "bf16-no-norm", "bf16-no-values",
-    "bf16-no-scalar", "bf16-values", "bf16-layers", "bf16-width", "int8-no-shard", "int8-truncated", "int8-float16",
-    "bf16-float16", "exl3-storage", "exl3-no-signs", "exl3-tower",
+    "bf16-no-scalar", "bf16-values", "bf16-layers", "bf16-width", "int8-width", "int8-no-shard", "int8-truncated",
+    "int8-float16", "bf16-float16", "exl3-storage", "exl3-no-signs", "exl3-tower",
 })  # fmt: skip
 # Sound checkpoints that stock vLLM for CPUs cannot serve.
 UNSUPPORTED_BY_STOCK = ("fp8-dense", "fp8-moe", "fp8-channels", "int8-moe", "int8-fused", "exl3-dense", "exl3-moe")

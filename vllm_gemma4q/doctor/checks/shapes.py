@@ -18,6 +18,7 @@ from vllm_gemma4q.doctor.finding import Finding, Severity, about
 from vllm_gemma4q.doctor.subject import CODES, Subject
 from vllm_gemma4q.module_headers import FLOATS, relative_name
 
+_PARALLEL = frozenset({"o_proj", "down_proj", *(shard for shards in FUSED_SHARDS.values() for shard in shards)})
 _PACKED = (".trellis", ".weight_packed")
 
 
@@ -27,15 +28,20 @@ def check(subject: Subject, engine: Engine) -> Iterator[Finding]:
         return  # whatever is missing is in there
     fatal: list[str] = []
     silent: list[str] = []
+    wrong: dict[bool, list[tuple[str, tuple[int, ...], tuple[int, ...]]]] = {}
     for name, shape in _expected(subject):
         tensor = subject.names.get(name)
         if tensor is None:
             (silent if _is_silent(subject, engine, name) else fatal).append(_full(subject, name))
         elif tensor.shape != shape and tensor.dtype in (*CODES, *FLOATS):
-            reason = "config.json describes another model, or the tensor is of one"
-            expected = f"{list(shape)}, as config.json says"
-            yield Finding("shape-mismatch", Severity.ERROR, tensor.name, str(list(tensor.shape)), expected, reason,
-                          subject.restore)  # fmt: skip
+            cut = _is_cut(subject, engine, name, tensor.shape, shape)
+            wrong.setdefault(cut, []).append((tensor.name, tensor.shape, shape))
+    for cut, mismatches in wrong.items():
+        first, found, expected = mismatches[0]
+        reason = "the engine takes a part of it without a word" if cut else "the engine stops"
+        severity = Severity.WARNING if cut else Severity.ERROR
+        yield Finding("shape-mismatch", severity, first, str(list(found)), f"{list(expected)}, as config.json says",
+                      reason, subject.restore, len(mismatches))  # fmt: skip
     fix = subject.restore
     nothing = "nothing (missing)"
     yield from about("missing-tensor", Severity.ERROR, fatal, nothing, "it", "the engine stops", fix)
@@ -82,6 +88,15 @@ def _is_silent(subject: Subject, engine: Engine, name: str) -> bool:
         return any(key.startswith(experts) and ("down_proj" in key) == down for key in subject.names)
     siblings = [shards for shards in FUSED_SHARDS.values() if last in shards]
     return leaf == "weight" and bool(siblings) and any(f"{prefix}.{key}.weight" in subject.names for key in siblings[0])
+
+
+def _is_cut(subject: Subject, engine: Engine, name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether vLLM loads the first rows or columns of what is too large: where ranks would each take their part."""
+    last = name.removesuffix(".weight").rpartition(".")[2]
+    axis = 1 if last in ("o_proj", "down_proj") else 0
+    if (engine.has_plugin and subject.is_claimed) or len(found) != 2 or last not in _PARALLEL:
+        return False
+    return found[1 - axis] == expected[1 - axis] and found[axis] > expected[axis]
 
 
 def _full(subject: Subject, name: str) -> str:

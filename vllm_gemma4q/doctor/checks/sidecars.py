@@ -25,7 +25,8 @@ def check(subject: Subject, engine: Engine) -> Iterator[Finding]:
     """Files that engines need beside the weights."""
     folder = subject.folder
     if not any((folder / name).is_file() for name in _TOKENIZERS):
-        yield _missing(subject, "missing-tokenizer", _TOKENIZERS[0], "the engine stops: it has no tokenizer")
+        reason = "the engine comes up with a tokenizer that knows no words"
+        yield _missing(subject, "missing-tokenizer", _TOKENIZERS[0], reason, Severity.WARNING)
     processors = [name for name in _PROCESSORS if (folder / name).is_file()]
     if "vision_config" in subject.config and not processors and engine.name != EXLLAMAV3:
         on_cpu = engine.device is Device.CPU  # where vLLM tries no picture before it is asked
