@@ -1,38 +1,44 @@
-"""The `gemma4q` command: parses, calls the library, prints. One file a command under `commands/`."""
+"""The `gemma4q` command: parses, calls the library, prints. One file a command under `commands/`.
+
+Only the command that is run is imported: together they bring in all of torch, scipy and gguf.
+"""
 
 import sys
+from importlib import import_module
 
 import typer
 
-from vllm_gemma4q.commands import bench, calibrate, card, doctor, evaluate, prune, quantize, restore, sweep, tune, vram
 from vllm_gemma4q.errors import InputError
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
-
-app = typer.Typer(
-    name="gemma4q",
-    help="Quantize, prove and serve Gemma 4.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-app.command("calibrate")(calibrate.command)
-app.command("quantize")(quantize.command)
-app.command("prune")(prune.command)
-app.command("restore")(restore.command)
-app.command("tune")(tune.command)
-app.command("bench")(bench.command)
-app.command("vram")(vram.command)
-app.command("doctor")(doctor.command)
-app.command("sweep")(sweep.command)
-app.command("card")(card.command)
-app.add_typer(evaluate.app, name="evaluate")
+# In the order of `--help`. Each is a module with a function `command`, or with an `app` of several.
+COMMANDS = (
+    "doctor", "calibrate", "quantize", "prune", "restore", "evaluate", "sweep", "card", "vram", "tune", "bench",
+)  # fmt: skip
 
 
-@app.callback()
+def application(names: tuple[str, ...] = COMMANDS) -> typer.Typer:
+    """The command with those of its subcommands."""
+    app = typer.Typer(
+        name="gemma4q",
+        help="Quantize, prove and serve Gemma 4.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    for name in names:
+        module = import_module(f"vllm_gemma4q.commands.{name}")
+        if hasattr(module, "app"):
+            app.add_typer(module.app, name=name)
+        else:
+            app.command(name)(module.command)
+    app.callback()(_commands)
+    return app
+
+
 def _commands() -> None:
-    """Keep `gemma4q COMMAND` even while there is a single command."""
+    """Keep `gemma4q COMMAND` even with a single command."""
 
 
 def main() -> None:
@@ -40,7 +46,8 @@ def main() -> None:
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     try:
-        app(args=arguments, prog_name="gemma4q")
+        named = tuple(arguments[:1]) if arguments[:1] and arguments[0] in COMMANDS else COMMANDS
+        application(named)(args=arguments, prog_name="gemma4q")
     except InputError as error:
         if debug:
             raise

@@ -15,7 +15,7 @@ ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
 
 
 def commands():
-    for name, app in (("gemma4q", vllm_gemma4q.cli.app), ("gguf-mixed", gguf_mixed.cli.app)):
+    for name, app in (("gemma4q", vllm_gemma4q.cli.application()), ("gguf-mixed", gguf_mixed.cli.app)):
         for command in typer.main.get_command(app).commands:
             yield f"{name} {command}"
 
