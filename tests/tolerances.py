@@ -65,8 +65,8 @@ PRIOR_ERROR_OF_A_MODEL = 0.02
 SELF_KLD_MEAN = 5e-6
 SELF_KLD_MAX = 1e-4
 
-# Perplexity of the small dense model, bfloat16 in vLLM over float32 in llama-perplexity, less 1. Measured: -0.0009; both in
-# float32 0.00002.
+# Perplexity of the small dense model, bfloat16 in vLLM over float32 in llama-perplexity, less 1. Measured: -0.0009;
+# both in float32 0.00002.
 PERPLEXITY_BESIDE_LLAMA_CPP = 5e-3
 
 # Loss (nats a token) of the pruned small mixture in llama.cpp against transformers with masked routers, float32; caches

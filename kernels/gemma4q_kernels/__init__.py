@@ -2,8 +2,8 @@
 
 Operations: `int8_scaled_mm` (W8A8, dense), `fp8_scaled_mm` (E4M3 with static scales, dense and experts),
 `grouped_mm` (mixture of experts, INT8), `fused_quantize` (norm or gate with the quantization that follows) and `exl3`
-(trellis weights of 1 to 8 bits, searched and decoded). Each is a package with a naive `reference`, what the CPU runs, and
-Triton kernels, behind one chooser that names every refusal.
+(trellis weights of 1 to 8 bits, searched and decoded). Each is a package with a naive `reference`, what the CPU runs,
+and Triton kernels, behind one chooser that names every refusal.
 
 Importing this package imports neither torch nor Triton nor vLLM: the names below are resolved on first use.
 """
