@@ -21,7 +21,7 @@ OPTIONS = ["--samples", "4", "--max-length", "80"]
 
 
 def run(*arguments):
-    return CliRunner().invoke(cli.app, ["calibrate", *map(str, arguments)])
+    return CliRunner().invoke(cli.application(), ["calibrate", *map(str, arguments)])
 
 
 def refused(*arguments):

@@ -27,7 +27,7 @@ from gguf_mixed.perplexity import divergence, positions_of, write_base
 from gguf_mixed.tensors import read_inventory
 from vllm_gemma4q.checkpoint import open_checkpoint
 from vllm_gemma4q.checkpoint.run import MANIFEST
-from vllm_gemma4q.cli import app as gemma4q
+from vllm_gemma4q.cli import application
 from vllm_gemma4q.evaluation import server
 from vllm_gemma4q.pruned_moe.prune import plan
 from vllm_gemma4q.quark_int8 import quantize
@@ -37,7 +37,7 @@ sys.path.insert(0, str(EXAMPLES))
 from small_gemma4 import chats, corpus  # noqa: E402
 
 SERVE, GGUF = "prune_and_serve_int8.sh", "prune_to_gguf.sh"
-PROGRAMS = {"gemma4q": gemma4q, "gguf-mixed": gguf_mixed}
+PROGRAMS = {"gemma4q": application(), "gguf-mixed": gguf_mixed}
 RECORDER = '#!/bin/sh\nprintf "%s\\0" "$(basename "$0")" "$@" >> "$RECORD"; printf "\\n" >> "$RECORD"\n'
 CONVERTER = '#!/bin/sh\nprintf "%s\\0" python3 "$@" >> "$RECORD"; printf "\\n" >> "$RECORD"; touch "$6"\n'
 SMALL = {"KEEP": "12", "SAMPLES": "24", "LENGTH": "256", "REFIT_SAMPLES": "16", "OMP_NUM_THREADS": "1"}

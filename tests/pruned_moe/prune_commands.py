@@ -13,7 +13,7 @@ from vllm_gemma4q.errors import InputError
 def _run(arguments: tuple[Any, ...]) -> Any:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    found = CliRunner().invoke(cli.app, list(map(str, arguments)))
+    found = CliRunner().invoke(cli.application(), list(map(str, arguments)))
     torch.set_num_threads(threads)
     return found
 
