@@ -29,6 +29,7 @@ GOOD = ("bf16-dense", "bf16-moe", "int8-dense", "int8-moe", "int8-text", "int8-f
         "fp8-moe", "fp8-channels", "exl3-dense", "exl3-moe")  # fmt: skip
 # Warnings of what the engine computes wrong; others are of memory, float16's range or chats.
 SILENT = {"missing-scale", "fused-disagree", "list-misses", "missing-tensor", "missing-shard", "shape-mismatch"}
+UNLOADED = {"bf16-no-values", "bf16-no-norm", "bf16-no-scalar"}
 PROCESS = Path(__file__).with_name("matrix_process.py")
 TIMEOUT_SECONDS = 1800
 CASES = [(name, engine) for engine in (PLUGIN, STOCK) for name in (*GOOD, *BROKEN)]
@@ -74,12 +75,20 @@ def answers(
 
 
 def _groups(keys: list[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    """What can follow each other in one process: vLLM starts no second engine where numba, which EXL3 may load, is."""
+    """What can follow each other in one process."""
     for engine in (PLUGIN, STOCK):
         asked = [key for key in keys if key[1] == engine]
-        together = [key for key in asked if engine == STOCK or not key[0].startswith("exl3")]
+        together = [key for key in asked if not _is_alone(*key)]
         yield from [together] if together else []
         yield from ([key] for key in asked if key not in together)
+
+
+def _is_alone(name: str, engine: str) -> bool:
+    """Whether a checkpoint gets a process of its own.
+
+    Tensors that nobody loads are what memory holds, which may be those of the engine before; and EXL3 brings in numba.
+    """
+    return name in UNLOADED or (engine == PLUGIN and name.startswith("exl3"))
 
 
 def _request(folder: Path, name: str, prompt: list[int]) -> dict[str, Any]:
@@ -100,16 +109,29 @@ def _prompt() -> list[int]:
 
 
 def _run(requests: list[dict[str, Any]], place: Path, plugins: dict[str, str]) -> list[dict[str, Any]]:
-    place.mkdir()
+    """All requests; where one ends the whole process, the others go on in a new one."""
+    results: list[dict[str, Any]] = []
+    while len(results) < len(requests):
+        results += _run_one_process(requests[len(results) :], place / str(len(results)), plugins)
+    return results
+
+
+def _run_one_process(requests: list[dict[str, Any]], place: Path, plugins: dict[str, str]) -> list[dict[str, Any]]:
+    """Results up to the last request, or to the one that ended the process."""
+    place.mkdir(parents=True)
     (place / "requests.json").write_text(json.dumps(requests))
+    (place / "results.json").write_text("[]")
     paths = os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])
     env = engine_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": paths} | plugins
     with (place / "log").open("w") as log:
         command = [sys.executable, str(PROCESS), str(place / "requests.json"), str(place / "results.json")]
-        subprocess.run(
-            command, env=env, cwd=place, stdout=log, stderr=subprocess.STDOUT, timeout=TIMEOUT_SECONDS, check=True
+        finished = subprocess.run(
+            command, env=env, cwd=place, stdout=log, stderr=subprocess.STDOUT, timeout=TIMEOUT_SECONDS, check=False
         )
-    return list(json.loads((place / "results.json").read_text()))
+    results: list[dict[str, Any]] = json.loads((place / "results.json").read_text())
+    if len(results) < len(requests):
+        results.append({"error": f"the process ended with code {finished.returncode}", "logprobs": None})
+    return results
 
 
 def expected(diagnosis: Diagnosis) -> str:
