@@ -10,20 +10,16 @@ Goal: less than 15 ms a tile and core at 4 bits. Results go to benchmarks/result
 """
 
 import argparse
-import datetime
 import json
-import platform
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from gemma4q_kernels.exl3 import CODEBOOKS, encode
 from gemma4q_kernels.exl3.reference import values
-
-from vllm_gemma4q.benchmark.machine import device_facts, versions
+from result_file import on_this_cpu, write
 
 ROOT = Path(__file__).resolve().parent.parent
 GOAL_MS = 15.0  # a tile and core at 4 bits
@@ -82,17 +78,13 @@ def main() -> None:
             print(json.dumps(rows[-1]), flush=True)
     at_goal = [row["numba"]["cpu_ms"] for row in rows if row["bits"] == 4]
     result = {
-        "date": datetime.date.today().isoformat(),
-        "loaded": arguments.loaded,
-        "machine": {**device_facts(torch.device("cpu")), "system": platform.platform()},
-        "versions": {**versions(), "numba": metadata.version("numba")},
+        **on_this_cpu(arguments.loaded, "numba"),
         "tiles": arguments.tiles,
         "compilation": compilation,
         "goal": {"cpu_ms_at_4_bits": GOAL_MS, "met": max(at_goal) < GOAL_MS},
         "rows": rows,
     }
-    arguments.output.parent.mkdir(exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    write(arguments.output, result)
 
 
 if __name__ == "__main__":

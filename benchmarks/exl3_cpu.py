@@ -11,20 +11,16 @@ Goal: one row at 4 bits in a fifth of the time of blocks. Results go to benchmar
 """
 
 import argparse
-import datetime
 import json
-import platform
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from gemma4q_kernels.exl3 import Exl3Weight, cpu, linear
+from result_file import on_this_cpu, write
 from torch.nn.functional import linear as dense_linear
-
-from vllm_gemma4q.benchmark.machine import device_facts, versions
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = [(5376, 5376), (2816, 2176)]  # in, out
@@ -116,17 +112,13 @@ def main() -> None:
     goal = next(row for row in rows if row["rows"] == 1 and row.get("bits") == 4)
     ratio = goal["blocks"]["cpu_ms"] / goal["registers"]["cpu_ms"]
     result = {
-        "date": datetime.date.today().isoformat(),
-        "loaded": arguments.loaded,
-        "machine": {**device_facts(torch.device("cpu")), "system": platform.platform()},
-        "versions": {**versions(), "numba": metadata.version("numba")},
+        **on_this_cpu(arguments.loaded, "numba"),
         "codebook": CODEBOOK,
         "import_and_compilation": {"wall_ms": round(wall), "cpu_ms": round(cpu_time)},
         "goal": {"times_as_fast_as_blocks": GOAL, "measured": round(ratio, 2), "met": ratio >= GOAL},
         "rows": rows,
     }
-    arguments.output.parent.mkdir(exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    write(arguments.output, result)
 
 
 if __name__ == "__main__":

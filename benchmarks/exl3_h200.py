@@ -16,7 +16,6 @@ Not measured: ExLlamaV3's own kernels, accuracy, end-to-end speed.
 
 import argparse
 import dataclasses
-import datetime
 import json
 import statistics
 import sys
@@ -36,8 +35,8 @@ from exl3_h200_goals import linear_goals, reconstruct_goals  # noqa: E402
 from gemma4q_kernels.exl3 import Exl3Weight, linear, reconstruct  # noqa: E402
 from gemma4q_kernels.exl3.packing import WINDOWS  # noqa: E402
 from h200_goals import Figure  # noqa: E402
+from result_file import require_nvidia, write_goals  # noqa: E402
 
-from vllm_gemma4q.benchmark.machine import device_facts, versions  # noqa: E402
 from vllm_gemma4q.benchmark.shapes import Shape, sizes_of  # noqa: E402
 from vllm_gemma4q.benchmark.timing import Call, copies_beyond_cache, time_calls  # noqa: E402
 
@@ -156,9 +155,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one shape")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "exl3_h200.json")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available() or torch.version.hip:
-        print("error: exl3_h200: needs an NVIDIA GPU, torch sees none", file=sys.stderr)
-        sys.exit(2)
+    require_nvidia("exl3_h200")
     device, say = torch.device("cuda"), partial(print, flush=True)
     shapes = sizes_of("31B").linears
     figures, raw = measure(shapes[: 1 if arguments.quick else None], M_VALUES, device, arguments.seconds, say)
@@ -167,17 +164,7 @@ def main() -> None:
         raw["search"].append({"codebook": codebook, "bits": width / 16})
         raw["search"][-1]["ms_a_tile"] = search_seconds(codebook, width, device) * 1e3
         say(json.dumps(raw["search"][-1]))
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "machine": device_facts(device),
-        "versions": versions(),
-        "goals": [dataclasses.asdict(figure) for figure in figures],
-        **raw,
-    }
-    arguments.output.parent.mkdir(exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
-    judged = [figure.met for figure in figures if figure.met is not None]
-    print(f"{sum(judged)} of {len(judged)} goals met; {arguments.output}")
+    write_goals(arguments.output, device, figures, raw)
 
 
 if __name__ == "__main__":

@@ -10,19 +10,17 @@ fast as the best of vLLM's two operators, where 5% are taken for noise.
 
 import argparse
 import dataclasses
-import datetime
 import json
 import os
-import platform
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from result_file import on_this_cpu, write
 
 from vllm_gemma4q.benchmark.contenders import OURS, OURS_FEW_ROWS
 from vllm_gemma4q.benchmark.linear import Effort, Row, compare
-from vllm_gemma4q.benchmark.machine import device_facts, versions
 from vllm_gemma4q.benchmark.shapes import MODELS, sizes_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,16 +61,12 @@ def main() -> None:
         verdicts.append(verdict(problem))
         print(json.dumps(verdicts[-1]), flush=True)
     result = {
-        "date": datetime.date.today().isoformat(),
-        "loaded": arguments.loaded,
-        "machine": {**device_facts(CPU), "system": platform.platform()},
-        "versions": versions(),
+        **on_this_cpu(arguments.loaded),
         "goal": {"ours_over_best_of_vllm": GOAL, "noise": NOISE, "met": all(each["met"] for each in verdicts)},
         "problems": verdicts,
         "rows": [dataclasses.asdict(row) for row in rows],
     }
-    arguments.output.parent.mkdir(exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    write(arguments.output, result)
 
 
 if __name__ == "__main__":

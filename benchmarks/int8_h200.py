@@ -17,7 +17,6 @@ vLLM is not needed. A peer that cannot run is listed with the reason. Not measur
 
 import argparse
 import dataclasses
-import datetime
 import json
 import statistics
 import sys
@@ -39,8 +38,8 @@ from gemma4q_kernels.int8_scaled_mm import scaled_mm  # noqa: E402
 from gemma4q_kernels.int8_scaled_mm.triton import quantize_per_token  # noqa: E402
 from h200_goals import Figure, experts_goals, fused_goals, linear_goals  # noqa: E402
 from peer_cublaslt import CublasLt  # noqa: E402
+from result_file import require_nvidia, write_goals  # noqa: E402
 
-from vllm_gemma4q.benchmark.machine import device_facts, versions  # noqa: E402
 from vllm_gemma4q.benchmark.shapes import Shape, sizes_of  # noqa: E402
 from vllm_gemma4q.benchmark.timing import Call, copies_beyond_cache, time_calls  # noqa: E402
 
@@ -235,21 +234,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one shape of the linears")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "int8_h200.json")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available() or torch.version.hip:
-        print("error: int8_h200: needs an NVIDIA GPU, torch sees none", file=sys.stderr)
-        sys.exit(2)
+    require_nvidia("int8_h200")
     figures, raw = measure(arguments.seconds, arguments.quick, partial(print, flush=True))
-    result = {
-        "date": datetime.date.today().isoformat(),
-        "machine": device_facts(GPU),
-        "versions": versions(),
-        "goals": [dataclasses.asdict(figure) for figure in figures],
-        **raw,
-    }
-    arguments.output.parent.mkdir(exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
-    judged = [figure.met for figure in figures if figure.met is not None]
-    print(f"{sum(judged)} of {len(judged)} goals met; {arguments.output}")
+    write_goals(arguments.output, GPU, figures, raw)
 
 
 if __name__ == "__main__":
