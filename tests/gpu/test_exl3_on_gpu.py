@@ -5,14 +5,13 @@ pydantic are. What the interpreter checks on CPU tensors is checked here on the 
 bfloat16, real sizes, matrix instructions, graphs.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 from gemma4q_kernels.exl3 import Exl3Weight, choose, linear, viterbi, viterbi_triton
 from gemma4q_kernels.exl3.triton import FUSED_ROWS
-from gemma4q_kernels.support import triton_interpreted
 from numerics import interpreted_exl3
 from numerics.interpreted_exl3 import FORMATS, dense, packed
 from tolerances import EXL3_TRITON, rms_error
@@ -28,17 +27,6 @@ SIZES = ((512, 336), (336, 512), (672, 336))
 # Where `linear` makes weights dense in the dtype of its input, they are rounded to it once, and outputs once more.
 DENSE_BOUND = {torch.float32: EXL3_TRITON[torch.float32]}
 DENSE_BOUND |= {dtype: 2 * EXL3_TRITON[dtype] for dtype in DTYPES[1:]}
-
-
-@pytest.fixture(autouse=True)
-def tensors_on_the_gpu() -> Iterator[None]:
-    """New tensors are on the GPU, and `torch.empty` is NaN there: an element left unwritten shows."""
-    assert not triton_interpreted()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    with torch.device("cuda"):
-        assert torch.empty(1).isnan()
-        yield
-    torch.use_deterministic_algorithms(False)
 
 
 def test_triton_is_chosen() -> None:

@@ -7,7 +7,7 @@ the tiles of this GPU, bfloat16, real sizes, graphs.
 Quantization is compared with the CPU's: there torch divides, where on a GPU it multiplies with a reciprocal.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -19,7 +19,7 @@ from gemma4q_kernels.grouped_mm.triton import grouped_scaled_mm
 from gemma4q_kernels.grouped_mm.triton_routing import route
 from gemma4q_kernels.int8_scaled_mm.tiles import table
 from gemma4q_kernels.int8_scaled_mm.triton import launch, quantize_per_token
-from gemma4q_kernels.support import architecture, triton_interpreted
+from gemma4q_kernels.support import architecture
 from numerics import interpreted_fused, interpreted_grouped, interpreted_int8
 from tolerances import INT8_MOE_STORED, INT8_SCALED_MM, rms_error
 
@@ -32,17 +32,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # N and K of Gemma 4: 26B-A4B dense and experts over ranks, 31B attention.
 WEIGHTS = ((2112, 2816), (2816, 528), (2816, 176), (5376, 2048), (16384, 5376))
 BANDS = (1, 16, 17, 65, 257, 1025)
-
-
-@pytest.fixture(autouse=True)
-def tensors_on_the_gpu() -> Iterator[None]:
-    """New tensors are on the GPU, and `torch.empty` is NaN there: an element left unwritten shows."""
-    assert not triton_interpreted()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    with torch.device("cuda"):
-        assert torch.empty(1).isnan()
-        yield
-    torch.use_deterministic_algorithms(False)
 
 
 def _codes(*shape: int) -> torch.Tensor:
