@@ -55,7 +55,7 @@ def load_samples(folder: Path, paths: Sequence[Path], n_samples: int, length: in
         raise InputError(
             f"got {n_samples} samples for {len(paths)} texts, expected at least one text and one sample each"
         )
-    tokenizer = _tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     contents = [read_texts([path]) for path in paths]
     shares = [n_samples]
     if len(paths) > 1:
@@ -71,7 +71,8 @@ def load_samples(folder: Path, paths: Sequence[Path], n_samples: int, length: in
     return Samples(ids, texts, describe_text(paths), "chat template" if is_framed(tokenizer, raw) else "plain text")
 
 
-def _tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint, transformers' own object. Raises InputError: it has none, or none that loads."""
     if not any((folder / name).is_file() for name in _TOKENIZERS):  # transformers would make one up
         raise InputError(f"{folder}: has no tokenizer: expected {' or '.join(_TOKENIZERS)}")
     try:

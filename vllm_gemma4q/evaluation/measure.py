@@ -6,9 +6,8 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from gguf_mixed.samples import describe_text, read_texts
+from vllm_gemma4q.calibration.texts import load_tokenizer
 from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.evaluation.distributions import Divergence, compare
 from vllm_gemma4q.evaluation.engine import engine_facts, score
@@ -125,11 +124,7 @@ def load_protocol(
     Raises:
         InputError: no tokenizer, no text, or too little of it.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
-    except Exception as error:  # transformers raises whatever it meets
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{tokenizer_of}: transformers cannot load the tokenizer: {reason}") from error
+    tokenizer = load_tokenizer(tokenizer_of)
     text = read_texts(texts)
     windows = {framing: cut_windows(tokenizer, text, framing, context, chunks) for framing in framings}
     return Protocol(windows, describe_text(texts), context, dtype, tensor_parallel_size)
