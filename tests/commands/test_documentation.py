@@ -1,10 +1,11 @@
-"""README tells the truth: every command is described, every path it names exists, every link resolves."""
+"""README and docs tell the truth: every command is described, every path they name exists, every link resolves."""
 
 import re
 from pathlib import Path
 
 import pytest
 import typer.main
+from typer.testing import CliRunner
 
 import gguf_mixed.cli
 import vllm_gemma4q.cli
@@ -12,6 +13,8 @@ import vllm_gemma4q.cli
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
+GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+GUIDE = "\n".join(page.read_text() for page in GUIDES)
 
 
 def commands():
@@ -22,12 +25,21 @@ def commands():
 
 @pytest.mark.parametrize("command", list(commands()))
 def test_every_command_is_documented(command):
-    assert command in README
+    assert command in GUIDE
+
+
+@pytest.mark.parametrize("command", list(commands()))
+def test_every_command_explains_itself(command):
+    name, sub = command.split()
+    app = vllm_gemma4q.cli.application((sub,)) if name == "gemma4q" else gguf_mixed.cli.app
+    result = CliRunner().invoke(app, [sub, "--help"])
+    assert result.exit_code == 0
+    assert "Usage" in result.output
 
 
 def test_every_documented_command_exists():
     known = set(commands())
-    for command in re.findall(r"^(?:gemma4q|gguf-mixed) [a-z-]+", README, re.MULTILINE):
+    for command in re.findall(r"^(?:gemma4q|gguf-mixed) [a-z0-9-]+", GUIDE, re.MULTILINE):
         assert command in known
 
 
@@ -36,11 +48,17 @@ def test_every_documented_make_target_exists(target):
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
 
 
-def test_links_resolve():
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README + ARCHITECTURE) if "://" not in link]
-    assert links
-    for link in links:
-        assert (ROOT / link).exists(), link
+@pytest.mark.parametrize("page", [*GUIDES, ROOT / "ARCHITECTURE.md"], ids=lambda page: page.name)
+def test_links_resolve(page):
+    for link, heading in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text()):
+        if "://" in link:
+            continue
+        target = page.parent / link if link else page
+        assert target.exists(), link
+        if heading:
+            anchors = {re.sub(r"[^a-z0-9 -]", "", line.lower()).strip().replace(" ", "-") for line in
+                       re.findall(r"^#+ (.*)", target.read_text(), re.MULTILINE)}  # fmt: skip
+            assert heading in anchors
 
 
 @pytest.mark.parametrize("text", [README, ARCHITECTURE], ids=["README", "ARCHITECTURE"])
