@@ -2,8 +2,8 @@
 
     python environment/browser.py
 
-Nothing is installed: apt-get resolves and downloads what the machine lacks (as its dpkg says) into the cache, signatures
-checked, and dpkg-deb unpacks it there. So root is not needed, but Debian or a relative with apt-get and dpkg-deb is.
+Nothing is installed: apt-get resolves and downloads what the machine lacks (as its dpkg says) into the cache, checks
+signatures, and dpkg-deb unpacks it there. So root is not needed, but Debian or a relative with apt-get and dpkg-deb is.
 Takes 110 MB of download and 400 MB of disk; more where libraries are missing too. The version is the one that Debian's
 mirrors have today: they keep no other. A finished browser is left alone.
 """
