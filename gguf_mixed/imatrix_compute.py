@@ -12,6 +12,7 @@ from gguf_mixed.llama_cpp import Log, error_line, inference_options, run_tool
 from gguf_mixed.tensors import read_inventory
 
 DEFAULT_CONTEXT = 512
+MOST_CHUNKS = 64
 
 
 def compute_imatrix(
@@ -20,7 +21,7 @@ def compute_imatrix(
     text: Path,
     output: Path,
     *,
-    chunks: int,
+    chunks: int | None = None,
     context: int = DEFAULT_CONTEXT,
     threads: int | None = None,
     process_output: bool = False,
@@ -33,7 +34,8 @@ def compute_imatrix(
         tool: llama-imatrix.
         model: GGUF; of a split one, the first file.
         text: UTF-8.
-        chunks: how many of `context` tokens. The text must hold so many, and at least two.
+        chunks: how many of `context` tokens, which the text must hold; None for all that it holds, at most
+            `MOST_CHUNKS`. Two are the least.
         process_output: also for the output tensor, which is the embeddings where these are tied.
         parse_special: read `<|turn>` and the like as control tokens: for text in the chat format.
         log: gets every line printed.
@@ -41,11 +43,12 @@ def compute_imatrix(
     Raises:
         InputError: too little text, llama-imatrix fails or knows no such option, or its file does not fit the model.
     """
-    if chunks < 1 or context < 1:
-        raise InputError(f"{chunks} chunks of {context} tokens: at least one of each is needed")
+    most = MOST_CHUNKS if chunks is None else chunks
+    if most < 1 or context < 1:
+        raise InputError(f"{most} chunks of {context} tokens: at least one of each is needed")
     inventory = read_inventory(model)
     partial = output.with_name(output.name + ".partial.gguf")  # some builds choose the format by this ending
-    command = [str(tool), "-m", str(model), "-f", str(text), "-o", str(partial), "--chunks", str(chunks), "--no-ppl"]
+    command = [str(tool), "-m", str(model), "-f", str(text), "-o", str(partial), "--chunks", str(most), "--no-ppl"]
     command += ["--ctx-size", str(context), "--batch-size", str(context)]
     command += ["--process-output"] if process_output else []
     command += ["--parse-special"] if parse_special else []
@@ -56,7 +59,7 @@ def compute_imatrix(
             raise InputError(f"llama-imatrix: wrote nothing: {error_line(lines) or 'no error printed'}")
         imatrix = read_imatrix(partial)
         imatrix.matches(inventory)
-        if imatrix.chunk_count != chunks:
+        if chunks is not None and imatrix.chunk_count != chunks:
             raise InputError(
                 f"{text.name}: too small: {imatrix.chunk_count} chunks of {context} tokens, asked were {chunks}"
             )

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from gguf_mixed.commands import comparison_options as options
-from gguf_mixed.imatrix_compute import DEFAULT_CONTEXT, compute_imatrix
+from gguf_mixed.imatrix_compute import DEFAULT_CONTEXT, MOST_CHUNKS, compute_imatrix
 from gguf_mixed.llama_cpp import find_tool
 
 
@@ -15,7 +15,10 @@ def command(
     model: Annotated[Path, typer.Argument(metavar="MODEL.gguf", help="A model, or the first file of a split one.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The imatrix to write, GGUF.")],
     text: Annotated[Path, typer.Option(metavar="FILE", help="UTF-8 text to compute it on.")],
-    chunks: Annotated[int, typer.Option(min=1, help="Parts of the text, from its start.")] = 64,
+    chunks: Annotated[
+        int | None,
+        typer.Option(min=1, help="Parts of the text, from its start.", show_default=f"all, at most {MOST_CHUNKS}"),
+    ] = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens of a part.")] = DEFAULT_CONTEXT,
     process_output: Annotated[
         bool, typer.Option("--process-output/--no-output", help="For the output tensor too, or tied embeddings.")

@@ -76,6 +76,12 @@ def test_too_small_a_text(compute, small_gguf, held_out_text, tmp_path, characte
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
 
 
+def test_not_told_how_much_takes_what_there_is(compute, small_gguf, held_out_text, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(held_out_text.read_text()[:3000])
+    assert 2 <= compute(small_gguf("dense"), text=text, chunks=None).chunk_count < 64
+
+
 def test_an_interrupted_run_leaves_nothing(compute, small_gguf, tmp_path):
     def interrupt(line):
         if "computing over" in line:
