@@ -9,7 +9,7 @@ one left. Not done: tiers in parallel.
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,14 @@ from tqdm import tqdm
 from gguf_mixed.base_file import Comparison, ensure_base, remove_base
 from gguf_mixed.engine import Found, prepare
 from gguf_mixed.errors import InputError
+from gguf_mixed.identity import model_sha256, named
 from gguf_mixed.llama_cpp import Log
 from gguf_mixed.perplexity import divergence
 from gguf_mixed.quantize import partial_path
 from gguf_mixed.sidecar import write_plan
 from gguf_mixed.sweep_results import Entry, Results
 from gguf_mixed.sweep_tiers import Planned, Planner, Tier
+from gguf_mixed.tensors import read_inventory
 
 BASE_NAME = "base.kld"
 
@@ -104,8 +106,7 @@ def run_tiers(
     with tqdm(planned, unit="tier", disable=not sys.stderr.isatty()) as progress:
         for each in progress:
             progress.set_postfix_str(each.tier.name)
-            measured, seconds = _measure(folder, each, evaluation, base)
-            _enter(folder, results, each, measured, seconds)
+            _enter(folder, results, each, _measure(folder, each, evaluation, base))
             results.save()
     results.save()
     if evaluation.base is None:
@@ -116,10 +117,9 @@ def _enter(
     folder: Path,
     results: Results,
     planned: Planned,
-    measured: dict[str, Any] | None = None,
-    seconds: dict[str, float] | None = None,
+    found: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a tier's table and its line in the results."""
+    """Write a tier's table and its line in the results, with what `_measure` found."""
     job, name = planned.job, planned.tier.name
     write_plan(_table_path(folder, planned.tier), job.table, planned.sidecar)
     entry: Entry = {
@@ -130,17 +130,14 @@ def _enter(
         "types": dict(Counter(type_name(job.written[tensor]) for tensor in job.table.types).most_common()),
         "predicted": planned.divergence,
         "not_in_error_table": list(planned.missing),
-        "measured": measured,
-        "seconds": seconds,
+        **(found or {"model": None, "measured": None, "seconds": None}),
     }
     results.tiers[name] = entry
     results.skipped.pop(name, None)
 
 
-def _measure(
-    folder: Path, planned: Planned, evaluation: Evaluation, base: Path
-) -> tuple[dict[str, Any], dict[str, float]]:
-    """Write, verify, compare and remove one tier's file; the figures, and how long it took."""
+def _measure(folder: Path, planned: Planned, evaluation: Evaluation, base: Path) -> dict[str, Any]:
+    """Write, verify, compare and remove one tier's file; its digest, the figures, and how long it took."""
     output = _model_path(folder, planned.tier)
     table = _table_path(folder, planned.tier)
     write_plan(table, planned.job.table, planned.sidecar)
@@ -153,11 +150,12 @@ def _measure(
     written = time.perf_counter()
     try:
         found = divergence(evaluation.comparison.tool, output, base, threads=evaluation.comparison.threads)
+        model = named(output, model_sha256(read_inventory(output)))
     finally:
         if not evaluation.keep:
             output.unlink()
     seconds = {"quantize": round(written - started, 2), "measure": round(time.perf_counter() - written, 2)}
-    return asdict(found), seconds
+    return {"model": model, "measured": asdict(found), "seconds": seconds}
 
 
 def _table_path(folder: Path, tier: Tier) -> Path:

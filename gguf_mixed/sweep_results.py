@@ -2,8 +2,9 @@
 
 Layout: `format`; `inputs`: files by digest, and options, that decide the plans; `evaluation`: text, chunks and context
 of the measurement, None where there was none; `skipped`: default tiers that this model cannot have, and why; `tiers`:
-by rising size, each with `file_bytes`, `bpw`, `types` (tensors of each), `predicted` (nats, or None), `measured`
-(`perplexity.Divergence`, or None) and `seconds`. All but `seconds` is decided by inputs and evaluation.
+by rising size, each with `file_bytes`, `bpw`, `types` (tensors of each), `predicted` (nats, or None), `model` (name and
+digest of the file that was measured, or None), `measured` (`perplexity.Divergence`, or None) and `seconds`. All but
+`seconds` is decided by inputs and evaluation.
 """
 
 import json

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from gguf_mixed.base_file import Comparison, ensure_base
 from gguf_mixed.commands import comparison_options as options
+from gguf_mixed.identity import model_sha256
 from gguf_mixed.llama_cpp import find_tool
 from gguf_mixed.perplexity import Base, Divergence, divergence
 from gguf_mixed.tensors import Inventory, read_inventory
@@ -65,6 +66,7 @@ def _report(
         "models": [
             {
                 "model": str(inventory.path),
+                "sha256": model_sha256(inventory),
                 "file_bytes": inventory.file_bytes,
                 "bpw": _bpw(inventory),
                 "divergence": asdict(each),

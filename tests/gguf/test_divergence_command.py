@@ -11,8 +11,10 @@ from test_gguf_cli import gguf_mixed
 
 from gguf_mixed.base_file import Comparison, ensure_base, record_path, remove_base
 from gguf_mixed.errors import InputError
+from gguf_mixed.identity import model_sha256
 from gguf_mixed.llama_cpp import find_tool
 from gguf_mixed.perplexity import base_bytes
+from gguf_mixed.tensors import read_inventory
 
 SIZE = ["--chunks", CHUNKS, "--context", CONTEXT, "--threads", 1]
 
@@ -38,6 +40,7 @@ def test_a_table_and_the_same_as_json(models, held_out_text, tmp_path):
     assert abs(same["divergence"]["mean_kld"]) < tolerances.SELF_KLD_MEAN
     assert 0 < fine["divergence"]["mean_kld"] < coarse["divergence"]["mean_kld"]
     assert [each["file_bytes"] for each in report["models"]] == [path.stat().st_size for path in models]
+    assert [each["sha256"] for each in report["models"]] == [model_sha256(read_inventory(path)) for path in models]
     finished = ok(*given)
     assert finished.stderr == f"base file {tmp_path / 'b.kld'}: {size:,} bytes, reused\n"
     lines = [" ".join(line.split()) for line in finished.stdout.splitlines()]

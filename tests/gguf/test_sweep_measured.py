@@ -17,8 +17,10 @@ from quantize_runs import llama, ok
 from small_models import CONTEXT, ROOT
 from test_gguf_cli import gguf_mixed
 
+from gguf_mixed.identity import model_sha256
 from gguf_mixed.llama_cpp import find_tool
 from gguf_mixed.perplexity import positions_of
+from gguf_mixed.tensors import read_inventory
 
 CHUNKS = 24
 MIXES = ("q4_k_m", "q3_k_m")
@@ -130,9 +132,10 @@ def test_predictions_first_then_measured_with_the_library_and_kept(arguments, tm
     ok(*given, "--engine", "ggml", "--keep", "--base", tmp_path / "base.kld")
     (entry,) = read(tmp_path / "out")["tiers"]
     assert entry["measured"]["mean_kld"] > 0
-    assert {**entry, "measured": None, "seconds": None} == predicted["tiers"][0]
+    assert {**entry, "model": None, "measured": None, "seconds": None} == predicted["tiers"][0]
     kept = tmp_path / "out" / "optimal-5.gguf"
     assert kept.stat().st_size == entry["file_bytes"]
+    assert entry["model"] == {"name": kept.name, "sha256": model_sha256(read_inventory(kept))}
     ok("verify", kept, tmp_path / "out" / "optimal-5.txt")
     assert (tmp_path / "base.kld").exists() and not (tmp_path / "out" / "base.kld").exists()
     ok(*given[:text], *given[text + 2 :])
