@@ -1,0 +1,89 @@
+"""Models beside each other: what the table, the picture, the JSON and a model card are made of."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vllm_gemma4q.compare.figures import (
+    Gsm8kGroup,
+    TextGroup,
+    gsm8k_groups,
+    report_gsm8k,
+    report_text,
+    text_groups,
+)
+from vllm_gemma4q.compare.model import Model, describe_experts, model_report, open_models
+from vllm_gemma4q.compare.plot import drawable, plot
+from vllm_gemma4q.compare.provenance import describe_origins
+from vllm_gemma4q.compare.results import Results, read_results
+from vllm_gemma4q.vram.table import contexts_of
+
+DEFAULT_CONTEXT = 4096
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Models of one base and all that was measured of them.
+
+    Attributes:
+        schemes: of each model, with its experts where models differ in them.
+        tokens: the context that memory is for.
+        origins: what the user should know of where they come from.
+    """
+
+    models: Sequence[Model]
+    schemes: Sequence[str]
+    tokens: int
+    text: Sequence[TextGroup]
+    gsm8k: Sequence[Gsm8kGroup]
+    origins: Sequence[str]
+
+    def report(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        return {
+            "context": self.tokens,
+            "models": [model_report(model, self.tokens) for model in self.models],
+            "text": [report_text(group, self.models) for group in self.text],
+            "gsm8k": [report_gsm8k(group, self.models) for group in self.gsm8k],
+            "origins": list(self.origins),
+        }
+
+    def plot(self, path: Path, least: int = 1) -> bool:
+        """Write the picture of the groups with so many models at least; whether there was any such group.
+
+        Raises:
+            InputError: `path` cannot be written.
+        """
+        groups = [group for group in self.text if drawable(group, self.models) >= least]
+        if groups:
+            plot(groups, self.models, self.schemes, self.tokens, path)
+        return bool(groups)
+
+
+def compare(paths: Sequence[Path], results: Sequence[Path], context: str | None) -> Comparison:
+    """Open models, read results and match them.
+
+    Args:
+        context: tokens of the request that memory is for, such as `4K`; by default that, or the models' longest.
+
+    Raises:
+        InputError: see `open_models`, `read_results`, `text_groups` and `gsm8k_groups`; a context that is none.
+    """
+    models = open_models(paths)
+    found = read_results(results, [model.identity for model in models], "one of these models")
+    return of_models(models, found, context)
+
+
+def of_models(models: Sequence[Model], results: Sequence[Results], context: str | None) -> Comparison:
+    """Match results to models."""
+    longest = min(model.source.longest for model in models)
+    tokens = contexts_of(context or str(min(longest, DEFAULT_CONTEXT)), longest)[0]
+    return Comparison(
+        models,
+        describe_experts(models),
+        tokens,
+        text_groups(models, results),
+        gsm8k_groups(results),
+        describe_origins(models),
+    )
