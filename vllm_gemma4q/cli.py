@@ -14,8 +14,8 @@ EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
 # In the order of `--help`. Each is a module with a function `command`, or with an `app` of several.
 COMMANDS = (
-    "doctor", "calibrate", "quantize", "prune", "restore", "evaluate", "sweep", "compare", "card", "vram", "tune",
-    "bench",
+    "doctor", "calibrate", "quantize", "prune", "restore", "evaluate", "sweep", "compare", "card", "report", "vram",
+    "tune", "bench",
 )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ def command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the page's facts as one JSON document.")] = False,
 ) -> None:
-    """One HTML page of a checkpoint: bits, errors and bytes by layer and module, coverage, findings, memory, quality."""
+    """One HTML page of a checkpoint: bits, errors and bytes by layer and module, findings, memory, quality."""
     from vllm_gemma4q.report import facts
     from vllm_gemma4q.report.render import render
 
