@@ -76,7 +76,7 @@ def _table(found: "Comparison") -> Table:
     for index, group in enumerate(found.text or [None]):
         table.add_section()
         if len(found.text) > 1:
-            table.add_row(_numbered("text", index, len(found.text)))
+            table.add_row(_text_name(found, index))
         for model, scheme in zip(found.models, found.schemes, strict=True):
             facts = (decimal(model.disk_bytes), f"{model.bits:.3f}", _memory(model, found.tokens))
             table.add_row(model.name, scheme, *facts, *_text_cells(group, model), *_gsm8k_cells(found.gsm8k, model))
@@ -85,6 +85,10 @@ def _table(found: "Comparison") -> Table:
 
 def _numbered(what: str, index: int, count: int) -> str:
     return what if count == 1 else f"{what} {index + 1}"
+
+
+def _text_name(found: "Comparison", index: int) -> str:
+    return f"{_numbered('text', index, len(found.text))}, {found.text[index].framing}"
 
 
 def _memory(model: "Model", tokens: int) -> str:
@@ -126,7 +130,7 @@ def _gsm8k_cells(groups: "Sequence[Gsm8kGroup]", model: "Model") -> Iterator[str
 def _notes(found: "Comparison") -> Iterator[str]:
     """How figures came about, and what the table cannot say."""
     for index, group in enumerate(found.text):
-        yield f"{_numbered('text', index, len(found.text))}: {group.title()}"
+        yield f"{_text_name(found, index)}: {group.title()}"
         if group.noise_floor is not None:
             floor = group.noise_floor
             yield (

@@ -50,12 +50,12 @@ class Comparison:
         }
 
     def plot(self, path: Path, least: int = 1) -> bool:
-        """Write the picture of the groups with so many models at least; whether there was any such group.
+        """Write the picture of the groups with so many points at least; whether there was any such group.
 
         Raises:
             InputError: `path` cannot be written.
         """
-        groups = [group for group in self.text if drawable(group, self.models) >= least]
+        groups = [group for group in self.text if len(drawable(group, self.models)) >= least]
         if groups:
             plot(groups, self.models, self.schemes, self.tokens, path)
         return bool(groups)
