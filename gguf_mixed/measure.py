@@ -10,11 +10,13 @@ Results are kept tensor by tensor in an `ErrorCache` under a digest of all that 
 first bytes), imatrix, sensitivity, sampling and library. Not done: sources that are already quantized.
 """
 
+import contextlib
 import hashlib
+import itertools
 import shutil
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,7 @@ from gguf_mixed.errors import InputError
 from gguf_mixed.imatrix import Imatrix
 from gguf_mixed.llama_cpp import cache_folder
 from gguf_mixed.sensitivity import Sensitivity, TensorSensitivity, rows_of_matrix
+from gguf_mixed.tasks import Attempt, Executor, Threads
 from gguf_mixed.tensors import Inventory, Tensor
 
 Floats = npt.NDArray[np.float32]
@@ -84,6 +87,7 @@ def measure(
     threads: int = 1,
     cache: Path | None = None,
     progress: bool = False,
+    workers: Executor | None = None,
 ) -> ErrorTable:
     """Measure every quantizable tensor at every type that it can be stored in.
 
@@ -97,6 +101,7 @@ def measure(
         threads: tensors measured at once; each holds a few hundred rows.
         cache: file that keeps results; made where it is missing.
         progress: show a bar on the error stream.
+        workers: measure tensors, to the same errors; None: threads of this process do.
 
     Types that need imatrix data a tensor lacks are left out, as are those the library does not know.
 
@@ -112,22 +117,32 @@ def measure(
     kept = ErrorCache(cache)
     library = hashlib.sha256(quantizers.library.read_bytes()).digest()
 
-    def rows(tensor: Tensor) -> list[ErrorRow]:
-        job = _Job.of(tensor, sensitivity, imatrix, asked, quantizers.types)
-        digest = job.digest(sampling, library)
-        known = kept.get(tensor.name, digest)
-        missing = [qtype for qtype in job.measured_types if qtype.name not in known]
-        if missing:
-            known = known | job.sums(quantizers, missing, sampling)
-            kept.add(tensor.name, digest, known)
-        return job.rows(known)
+    found: dict[str, list[ErrorRow]] = {}
+    waiting: dict[int, tuple[_Job, str]] = {}
+    places = itertools.count()
 
-    with ThreadPoolExecutor(threads) as pool, tqdm(total=len(tensors), unit="tensor", disable=not progress) as bar:
-        found: list[ErrorRow] = []
-        for measured in pool.map(rows, tensors):
-            found += measured
+    def missing() -> Iterator[_Missing]:
+        for tensor in tensors:
+            job = _Job.of(tensor, sensitivity, imatrix, asked, quantizers.types)
+            digest = job.digest(sampling, library)
+            known = kept.get(tensor.name, digest)
+            unknown = tuple(qtype for qtype in job.measured_types if qtype.name not in known)
+            if unknown:
+                waiting[next(places)] = job, digest
+                yield _Missing(job, unknown, sampling, quantizers.library.absolute(), library)
+            else:
+                found[tensor.name] = job.rows(known)
+                bar.update()
+
+    done = (workers or Threads(threads)).run(_sums, missing(), lambda _: None)
+    with tqdm(total=len(tensors), unit="tensor", disable=not progress) as bar, contextlib.closing(done):
+        for place, sums in done:
+            job, digest = waiting.pop(place)
+            sums = kept.get(job.tensor.name, digest) | sums
+            kept.add(job.tensor.name, digest, sums)
+            found[job.tensor.name] = job.rows(sums)
             bar.update()
-    return ErrorTable(found)
+    return ErrorTable(row for tensor in tensors for row in found[tensor.name])
 
 
 def sampled_rows(weights: Doubles, n_rows: int, generator: np.random.Generator) -> tuple[Integers, Doubles]:
@@ -269,6 +284,32 @@ class _Job:
         n_rows = self.tensor.n_elements // self.tensor.row_length
         rows = self.sensitivity.rows
         return np.ones(n_rows) if rows is None else rows.reshape(n_rows).astype(np.float64)
+
+
+@dataclass(frozen=True)
+class _Missing:
+    """One tensor to be measured at some types, with ggml's library by path and SHA-256."""
+
+    job: _Job
+    types: tuple[GGMLQuantizationType, ...]
+    sampling: Sampling
+    library: Path
+    sha256: bytes
+
+    def __str__(self) -> str:
+        return f"tensor {self.job.tensor.name}"
+
+
+def _sums(missing: _Missing, attempt: Attempt) -> Sums:
+    return missing.job.sums(_quantizers(missing.library, missing.sha256), missing.types, missing.sampling)
+
+
+@cache
+def _quantizers(library: Path, sha256: bytes) -> Quantizers:
+    """Raises InputError: this machine's library is not the one that is asked for, whose errors would be others."""
+    if not library.is_file() or hashlib.sha256(library.read_bytes()).digest() != sha256:
+        raise InputError(f"{library}: not the library of that name on the machine that asks; all must have the same")
+    return Quantizers(library)
 
 
 def _chunks(rows: Integers, n_rows: int) -> Iterator[tuple[int, slice]]:

@@ -10,9 +10,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from gguf_mixed.tasks import Executor
 from vllm_gemma4q.checkpoint.reader import CONFIG, INDEX, Checkpoint
 from vllm_gemma4q.checkpoint.rewrite import Progress, rewrite
 from vllm_gemma4q.checkpoint.run import MANIFEST, Run
+from vllm_gemma4q.checkpoint.scale import rewrite_by_tasks
 from vllm_gemma4q.checkpoint.sidecars import sidecars, to_json
 from vllm_gemma4q.checkpoint.steps import MAX_SHARD_BYTES, Shard, Step, pack
 from vllm_gemma4q.errors import InputError
@@ -52,7 +54,7 @@ class Conversion:
 
     @property
     def source_bytes(self) -> int:
-        return sum(step.source_bytes for step in self.steps)
+        return sum(shard.source_bytes for shard in self.shards)
 
     @property
     def output_bytes(self) -> int:
@@ -98,6 +100,7 @@ def convert(
     command: Sequence[str],
     progress: Progress,
     verify: Callable[[Sequence[Path]], object] | None = None,
+    workers: Executor | None = None,
 ) -> bool:
     """Write a conversion into `target`, resuming an unfinished run of the same one.
 
@@ -105,12 +108,14 @@ def convert(
         command: as the user typed it, for the manifest.
         progress: called with source bytes consumed.
         verify: called with the finished shards before anything makes them a checkpoint; may raise InputError.
+        workers: write the shards, to the same bytes; None: this process does.
 
     Returns:
         False when an earlier run had already finished and nothing was done.
 
     Raises:
-        InputError: the target is not ours to write, is full or read-only, or the source is bad (see `rewrite`).
+        InputError: the target is not ours to write, is full or read-only, or the source is bad (see `rewrite`); workers
+            cannot be used or were lost (see `rewrite_by_tasks`).
     """
     for checkpoint in (conversion.source, conversion.base):
         if checkpoint is not None:
@@ -121,7 +126,12 @@ def convert(
     with run:
         run.require_space(conversion.output_bytes)
         shards = conversion.shards
-        source_hashes = rewrite(shards, run, progress, conversion.source.shards)
+        if workers is None:
+            source_hashes = rewrite(shards, run, progress, conversion.source.shards)
+        else:
+            source_hashes = rewrite_by_tasks(
+                workers, shards, run, progress, conversion.source.shards, conversion.reads
+            )
         if verify is not None:
             verify([target / shard.name for shard in shards])
         for path in conversion.sidecars:
@@ -162,7 +172,7 @@ def _manifest(
     outputs[CONFIG] = {"bytes": len(config), "sha256": _sha256(config)}
     details = dict(conversion.details)
     if conversion.conclude is not None:
-        notes = {key: note for file in run.finished.values() for key, note in file.notes.items()}
+        notes = {key: note for _, file in sorted(run.finished.items()) for key, note in file.notes.items()}
         details |= conversion.conclude(notes)
     return {
         "identity": run.identity,

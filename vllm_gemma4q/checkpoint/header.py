@@ -6,18 +6,20 @@ header, plus an optional `__metadata__` of strings.
 Source: https://github.com/huggingface/safetensors (format section of its README).
 
 The safetensors library maps whole files into memory; the tools here read ranges of rows instead, so
-they need the offsets themselves. What the library lets pass and we refuse: duplicate keys.
+they need the offsets themselves. What the library lets pass and we refuse: duplicate keys, names that a terminal would
+act on, files that are none (a pipe would be waited for), and headers that would not fit into memory once parsed.
 """
 
 import json
 import math
-import os
+import stat
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gguf_mixed import strict_json
 from vllm_gemma4q.errors import InputError
 
 DTYPE_BYTES: Mapping[str, int] = {
@@ -26,7 +28,10 @@ DTYPE_BYTES: Mapping[str, int] = {
     "I32": 4, "U32": 4, "F32": 4,
     "I64": 8, "U64": 8, "F64": 8,
 }  # fmt: skip
-MAX_HEADER_BYTES = 100_000_000  # the library's own limit
+MAX_HEADER_BYTES = strict_json.MAX_BYTES  # the library allows 100 MB
+_MAX_DIMENSIONS = 32
+_MAX_NAME = 1000
+_MAX_SIZE = 2**63 - 1
 _LENGTH = struct.Struct("<Q")
 
 
@@ -59,7 +64,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             tensors overlap, leave holes, or disagree with their shapes.
     """
     try:
-        size = path.stat().st_size
+        size = _size_of_file(path)
         with path.open("rb") as file:
             prefix = file.read(_LENGTH.size)
             length = _LENGTH.unpack(prefix)[0] if len(prefix) == _LENGTH.size else 0
@@ -69,8 +74,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     except OSError as error:
         raise InputError(f"{path.name}: cannot be read: {error.strerror}") from error
     try:
-        header = json.loads(text, object_pairs_hook=lambda pairs: _without_duplicates(pairs, path.name))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        header = strict_json.parse(text)
+    except ValueError as error:
         raise InputError(f"{path.name}: header is not valid JSON: {error}") from error
     if not isinstance(header, dict):
         raise InputError(f"{path.name}: header is {type(header).__name__}, expected an object")
@@ -101,28 +106,31 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: unreadable, not JSON, not an object, or with a repeated key.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        value = json.loads(text, object_pairs_hook=lambda pairs: _without_duplicates(pairs, path.name))
+        size = _size_of_file(path)
+        if size > strict_json.MAX_BYTES:
+            raise InputError(f"{path.name}: {size:,} bytes, expected at most {strict_json.MAX_BYTES:,}")
+        value = strict_json.parse(path.read_bytes())
     except OSError as error:
-        raise InputError(f"{path.name}: cannot be read: {os.strerror(error.errno or 0)}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise InputError(f"{path.name}: cannot be read: {error.strerror}") from error
+    except ValueError as error:
         raise InputError(f"{path.name}: not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise InputError(f"{path.name}: holds {type(value).__name__}, expected an object")
     return value
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]], file_name: str) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise InputError(f"{file_name}: duplicate key {key!r}")
-        result[key] = value
-    return result
+def _size_of_file(path: Path) -> int:
+    """Raises InputError: a pipe or a device, of which reading may never end."""
+    state = path.stat()
+    if not stat.S_ISREG(state.st_mode):
+        raise InputError(f"{path.name}: not a file")
+    return state.st_size
 
 
 def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     where = f"{path.name}: tensor {name}"
+    if not name.isprintable() or len(name) > _MAX_NAME:
+        raise InputError(f"{where}: a name of {len(name)} characters, expected at most {_MAX_NAME}, all printable")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise InputError(f"{where}: header entry must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -130,6 +138,8 @@ def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
         raise InputError(f"{where}: dtype {dtype!r} is unknown, expected one of {', '.join(DTYPE_BYTES)}")
     if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
         raise InputError(f"{where}: shape {shape!r} and data_offsets {offsets!r} must be non-negative integers")
+    if len(shape) > _MAX_DIMENSIONS:
+        raise InputError(f"{where}: {len(shape)} dimensions, expected at most {_MAX_DIMENSIONS}")
     start, end = offsets
     expected = math.prod(shape) * DTYPE_BYTES[dtype]
     if end - start != expected:
@@ -138,7 +148,7 @@ def _parse_entry(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
 
 
 def _is_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and all(type(item) is int and 0 <= item <= _MAX_SIZE for item in value)
 
 
 def _check_contiguous(path: Path, tensors: list[TensorInfo], data_start: int, size: int) -> None:

@@ -30,7 +30,7 @@ from vllm_gemma4q.checkpoint.run import Run
 from vllm_gemma4q.checkpoint.steps import Computed, OutputTensor, Progress, Shard, Step
 from vllm_gemma4q.errors import InputError
 
-__all__ = ["BLOCK_BYTES", "Progress", "rewrite"]
+__all__ = ["BLOCK_BYTES", "Progress", "rewrite", "write_shard"]
 
 BLOCK_BYTES = 4 << 20
 # One being read, one being transformed, its result, two being written.
@@ -56,6 +56,29 @@ def rewrite(shards: Sequence[Shard], run: Run, progress: Progress, hashed: Colle
     Raises:
         InputError: a transform refused a block, a source file changed its size, or the target cannot be written.
     """
+    with _opened(shards, hashed, progress) as (pipeline, reader, files):
+        for shard in shards:
+            if shard.name in run.finished:
+                progress(shard.source_bytes)
+                continue
+            with run.writing(shard.name) as output:
+                notes = pipeline.write(shard, output)
+            run.record(shard.name, notes)
+        whole = {path: file for path, file in files.items() if isinstance(file, HashingReader)}
+        return {path: reader.submit(file.finish).result() for path, file in whole.items()}
+
+
+def write_shard(shard: Shard, output: HashingWriter, progress: Progress) -> dict[str, Any]:
+    """Write one shard's bytes; returns its steps' notes. Raises InputError as `rewrite` does."""
+    with _opened([shard], (), progress) as (pipeline, _, _):
+        return pipeline.write(shard, output)
+
+
+@contextlib.contextmanager
+def _opened(
+    shards: Iterable[Shard], hashed: Collection[Path], progress: Progress
+) -> Iterator[tuple["_Pipeline", ThreadPoolExecutor, Mapping[Path, HashingReader | DirectReader]]]:
+    """A pipeline over the sources of some shards, the thread that reads, and the sources."""
     with contextlib.ExitStack() as stack:
         files: dict[Path, HashingReader | DirectReader] = {}
         for path in sorted({step.source.path for shard in shards for step in shard.steps} | set(hashed)):
@@ -65,16 +88,7 @@ def rewrite(shards: Sequence[Shard], run: Run, progress: Progress, hashed: Colle
         stack.enter_context(_torch_threads(1))
         reader = stack.enter_context(ThreadPoolExecutor(1, "reader"))
         writer = stack.enter_context(ThreadPoolExecutor(1, "writer"))
-        pipeline = _Pipeline(reader, writer, files, progress, threads)
-        for shard in shards:
-            if shard.name in run.finished:
-                progress(sum(step.source_bytes for step in shard.steps))
-                continue
-            with run.writing(shard.name) as output:
-                notes = pipeline.write(shard, output)
-            run.record(shard.name, notes)
-        whole = {path: file for path, file in files.items() if isinstance(file, HashingReader)}
-        return {path: reader.submit(file.finish).result() for path, file in whole.items()}
+        yield _Pipeline(reader, writer, files, progress, threads), reader, files
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
+from gguf_mixed.tasks import TaskLost
 from vllm_gemma4q.checkpoint.direct_io import DirectWriter
 from vllm_gemma4q.checkpoint.hashing import HashingWriter
 from vllm_gemma4q.checkpoint.header import read_json
@@ -33,6 +34,10 @@ _REFUSALS = frozenset(
 
 class WriteError(InputError):
     """The target cannot be written: unlike other bad input, this may be mended and the run resumed."""
+
+
+# Of bad input, what says nothing against what is finished.
+RESUMABLE = (WriteError, TaskLost)
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,8 @@ class Run:
         identity: JSON values that decide every output byte: a resumed run must have the same.
 
     On an InputError in the source everything that this rewrite wrote is removed. On any other failure,
-    finished shards and the journal stay, so that the run can resume; half-written files never do.
+    finished shards and the journal stay, so that the run can resume; half-written files never do, and those of a
+    process that was killed go when the run is entered again.
     """
 
     def __init__(self, target: Path, identity: Mapping[str, Any]):
@@ -79,6 +85,7 @@ class Run:
             with _as_input_error(self.target):
                 self._create_folder()
                 self._open_journal()
+                self._drop_partial()
         except BaseException:
             if self._journal is not None:
                 self._journal.close()
@@ -93,7 +100,7 @@ class Run:
         # Removed while the lock is held: another run may take the folder the moment it is released.
         if kind is not None:
             with contextlib.suppress(OSError):
-                self._clean_up(keep_finished=not issubclass(kind, InputError) or issubclass(kind, WriteError))
+                self._clean_up(keep_finished=not issubclass(kind, InputError) or issubclass(kind, RESUMABLE))
         self._journal.close()
 
     def require_space(self, n_bytes: int) -> None:
@@ -106,19 +113,16 @@ class Run:
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[HashingWriter]:
         """Write one file: under a temporary name, fsynced, renamed, recorded in `finished`."""
-        partial = self.target / (name + _PARTIAL)
-        with _as_input_error(self.target / name):
-            try:
-                with contextlib.closing(DirectWriter(partial)) as writer:
-                    hashing = HashingWriter(writer)
-                    yield hashing
-                    writer.sync()
-            except BaseException:
-                partial.unlink(missing_ok=True)
-                raise
-            partial.replace(self.target / name)
+        with writing_partial(self.target, name) as hashing:
+            yield hashing
+        self.publish(FinishedFile(name, hashing.n_bytes, hashing.sha256.hexdigest()))
+
+    def publish(self, file: FinishedFile, attempt: str = "") -> None:
+        """Give a file its name that `writing_partial` has written, under the same `attempt`, here or elsewhere."""
+        with _as_input_error(self.target / file.name):
+            _partial(self.target, file.name, attempt).replace(self.target / file.name)
             self._sync_folder()
-        self.finished[name] = FinishedFile(name, hashing.n_bytes, hashing.sha256.hexdigest())
+        self.finished[file.name] = file
 
     def record(self, name: str, notes: Mapping[str, Any] | None = None) -> None:
         """Note in the journal that a shard is finished, so that a resumed run skips it."""
@@ -132,6 +136,7 @@ class Run:
 
     def complete(self) -> None:
         """Remove the journal: the target is done."""
+        self._drop_partial()
         (self.target / JOURNAL).unlink()
         self._sync_folder()
 
@@ -173,7 +178,12 @@ class Run:
             self._journal.flush()
             os.fsync(self._journal.fileno())
 
+    def _drop_partial(self) -> None:
+        for path in self.target.glob(f"*{_PARTIAL}"):
+            path.unlink(missing_ok=True)
+
     def _clean_up(self, keep_finished: bool) -> None:
+        self._drop_partial()
         if keep_finished and self.finished:
             return
         for name in [*self.finished, JOURNAL]:
@@ -187,6 +197,31 @@ class Run:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@contextlib.contextmanager
+def writing_partial(target: Path, name: str, attempt: str = "") -> Iterator[HashingWriter]:
+    """Write a file of `target` under a temporary name; it is whole and on the disk, or gone, when this is left.
+
+    Needs no hold of the target. Two processes never write one file if each has an `attempt` of its own, and what is
+    left of those that were killed over this file goes when another begins.
+    """
+    partial = _partial(target, name, attempt)
+    with _as_input_error(target / name):
+        try:
+            for left in target.glob(f"{name}.*{_PARTIAL}"):
+                left.unlink(missing_ok=True)
+            with contextlib.closing(DirectWriter(partial)) as writer:
+                hashing = HashingWriter(writer)
+                yield hashing
+                writer.sync()
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def _partial(target: Path, name: str, attempt: str) -> Path:
+    return target / f"{name}{'.' if attempt else ''}{attempt}{_PARTIAL}"
 
 
 def check_takes_run(target: Path) -> None:

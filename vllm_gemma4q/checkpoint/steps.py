@@ -130,6 +130,10 @@ class Shard:
     def outputs(self) -> Iterator[OutputTensor]:
         return (output for step in self.steps for output in step.written)
 
+    @property
+    def source_bytes(self) -> int:
+        return sum(step.source_bytes for step in self.steps)
+
     def header(self) -> bytes:
         """What the file starts with; `n_bytes` of tensors follow."""
         return write_header((output.name, output.dtype, output.shape) for output in self.outputs)

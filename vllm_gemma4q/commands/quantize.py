@@ -1,6 +1,7 @@
 """`gemma4q quantize SRC DST --scheme SCHEME [--statistics STATS]`"""
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Mapping
@@ -8,8 +9,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
+from gguf_mixed.tasks import Executor, Where, executor
+from gguf_mixed.tasks import options as scale
 from vllm_gemma4q.checkpoint import Checkpoint, open_checkpoint
 from vllm_gemma4q.checkpoint.convert import Conversion, convert
 from vllm_gemma4q.commands.model import Device
@@ -99,9 +103,14 @@ def command(
     max_shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Largest output file, such as 5GB, 500MB or 2GiB.")
     ] = "5GB",
+    workers: scale.Workers = None,
+    ray: scale.Ray = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Quantize a checkpoint file to file, a few rows in memory (exl3: a linear). Run it again to resume."""
+    if ray is not None:  # other machines have another working directory
+        source, target = source.absolute(), target.absolute()
+        statistics = None if statistics is None else statistics.absolute()
     checkpoint, max_bytes = open_checkpoint(source), parse_size(max_shard_size)
     given = {
         "--statistics": statistics,
@@ -115,25 +124,32 @@ def command(
         "--device": device,
     }
     _refuse_others(scheme, given)
-    if scheme is Scheme.QUARK_INT8:
-        conversion = quark_int8.plan(checkpoint, max_bytes)
-    elif scheme is Scheme.FP8_STATIC:
-        rules = fp8_static.Options(
-            activation_scale or Rule.ABSMAX, weight_scale or Rule.ABSMAX, weights or Granularity.TENSOR
-        )
-        conversion = _plan_fp8(checkpoint, statistics, rules, max_bytes)
-    else:
+    if scheme is Scheme.EXL3:
         if bits is None:
             raise InputError("--scheme exl3: --bits is missing, expected 1 to 8, such as 3.5")
         require_hessians(statistics, bool(no_hessian))
-        wanted = exl3.Options(
-            bits, 6 if head_bits is None else head_bits, (codebook or Codebook.MCG).value, (device or Device.CPU).value
-        )
-        conversion = exl3.plan(checkpoint, wanted, statistics, max_bytes)
+    devices = visible_devices() if device is not None and device.value != Device.CPU.value else ()
+    where = Where(None, None) if dry_run else Where(workers, ray, devices)
     written = False
-    if not dry_run:
-        with byte_bar(conversion.source_bytes, scheme.value) as bar:
-            written = convert(conversion, target, ["gemma4q", *sys.argv[1:]], bar.update)
+    with executor(where) as at_work:
+        if scheme is Scheme.QUARK_INT8:
+            conversion = quark_int8.plan(checkpoint, max_bytes)
+        elif scheme is Scheme.FP8_STATIC:
+            rules = fp8_static.Options(
+                activation_scale or Rule.ABSMAX, weight_scale or Rule.ABSMAX, weights or Granularity.TENSOR
+            )
+            conversion = _plan_fp8(checkpoint, statistics, rules, max_bytes, at_work)
+        else:
+            wanted = exl3.Options(
+                bits or 0,
+                6 if head_bits is None else head_bits,
+                (codebook or Codebook.MCG).value,
+                (device or Device.CPU).value,
+            )
+            conversion = exl3.plan(checkpoint, wanted, statistics, max_bytes)
+        if not dry_run:
+            with byte_bar(conversion.source_bytes, scheme.value) as bar:
+                written = convert(conversion, target, ["gemma4q", *sys.argv[1:]], bar.update, workers=at_work)
     found = report(conversion, target, complete=not dry_run)
     if as_json:
         print(json.dumps({**found, "written": written}))
@@ -148,12 +164,22 @@ def command(
 
 
 def _plan_fp8(
-    source: Checkpoint, statistics: Path | None, options: fp8_static.Options, max_shard_bytes: int
+    source: Checkpoint,
+    statistics: Path | None,
+    options: fp8_static.Options,
+    max_shard_bytes: int,
+    workers: Executor | None,
 ) -> Conversion:
     if statistics is None:
         raise InputError("--scheme fp8-static: --statistics is missing, expected what gemma4q calibrate wrote")
     with byte_bar(fp8_static.bytes_to_measure(source, options), "weight scales") as bar:
-        return fp8_static.plan(source, statistics, options, bar.update, max_shard_bytes)
+        return fp8_static.plan(source, statistics, options, bar.update, max_shard_bytes, workers)
+
+
+def visible_devices() -> list[str]:
+    """GPUs of this machine that torch may use, by the names that CUDA_VISIBLE_DEVICES has for them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
 
 
 def require_hessians(statistics: Path | None, no_hessian: bool) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from gemma4q_kernels.exl3 import quantize_linear
@@ -51,7 +52,7 @@ class Writing:
             first_row=linear.first,
             last_row=linear.last,
             constants=output.markers(linear.module, self.codebook),
-            compute=lambda rows, progress: self._compute(linear, rows, progress),
+            compute=partial(self._compute, linear),
             group=self._group(linear.module),
         )
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from gguf_mixed.tasks import Executor
 from vllm_gemma4q.architecture import Role, parse_text_architecture, role_of
 from vllm_gemma4q.calibration.statistics import Statistics, read_statistics
 from vllm_gemma4q.checkpoint import Checkpoint, OutputTensor, Step, TensorInfo
@@ -86,12 +87,14 @@ def plan(
     options: Options | None = None,
     progress: Progress = lambda _: None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    workers: Executor | None = None,
 ) -> Conversion:
     """Choose every scale; reads the weights once (per-channel: not at all) and writes nothing.
 
     Args:
         statistics: file that `gemma4q calibrate` wrote for this model.
         progress: called with the number of bytes read.
+        workers: read the weights; None: this process does.
 
     Raises:
         InputError: see `linears_to_quantize`, `input_scales` and `weight_scales`.
@@ -104,7 +107,7 @@ def plan(
     inputs = input_scales(linears, found, options.activations)
     weights = {}
     if options.granularity is Granularity.TENSOR:
-        weights = weight_scales(linears, options.weights, progress)
+        weights = weight_scales(linears, options.weights, progress, workers)
     steps = [step for tensor in source.tensors.values() for step in _steps(tensor, weights, inputs)]
     quantized = {linear.module for linear in linears}
     ignored = sorted({*unquantized_linears(source), *_other_linears(source)} - quantized)
