@@ -107,7 +107,11 @@ def make_grid(parts: Sequence[Part], layer_types: Sequence[str], errors: Errors,
         layer_types=(*layer_types, *("",) * (n_layers - len(layer_types))),
         columns=tuple(column for column in Column if column in present),
         cells={key: make_cell(f"{key[1]} of layer {key[0]}", found, errors, notes) for key, found in inside.items()},
-        outside={role: make_cell(_words(role), outside[role], errors, notes) for role in Role if role in outside},
+        outside={
+            role: make_cell("final norm" if role is Role.NORM else _words(role), outside[role], errors, notes)
+            for role in Role
+            if role in outside
+        },
     )
 
 

@@ -10,6 +10,7 @@ from vllm_gemma4q.report.grid import Cell, Grid
 from vllm_gemma4q.report.parts import Column
 from vllm_gemma4q.report.scales import Scale, bits_scale, spread_scale
 
+_ERROR_FACTOR = 10.0  # errors closer than that do not use all colours: small differences are no alarm
 _NONE = "-"  # class of a cell without a figure in a view
 
 
@@ -47,7 +48,7 @@ class GridView:
         self.unit, self._bytes = words.unit_of(max((cell.n_bytes for cell in cells), default=1) / 10)
         self.bits_scale = bits_scale([cell.bits for cell in cells if cell.bits is not None])
         errors = [cell.errors.median for cell in cells if cell.errors is not None]
-        self.error_scale = spread_scale(errors, [words.error(value) for value in errors])
+        self.error_scale = spread_scale(errors, [words.error(value) for value in errors], least_factor=_ERROR_FACTOR)
         sizes = [float(cell.n_bytes) for cell in cells]
         self.size_scale = spread_scale(sizes, [words.size(value) for value in sizes])
 
@@ -58,6 +59,12 @@ class GridView:
     @property
     def n_full(self) -> int:
         return sum(self.is_full)
+
+    @property
+    def width(self) -> str:
+        """Class of the table: few layers get wider cells; 60 just fit a laptop."""
+        count = len(self.grid.layer_types)
+        return "widest" if count <= 24 else "wide" if count <= 40 else "narrow"
 
     @property
     def rows(self) -> Iterator[tuple[Column, list[Drawn | None]]]:

@@ -37,16 +37,18 @@ def bits_scale(values: Iterable[float]) -> Scale:
     return Scale(whole.bounds, whole.labels, sorted({whole.step(value) for value in values}))
 
 
-def spread_scale(values: Sequence[float], words: Sequence[str]) -> Scale:
+def spread_scale(values: Sequence[float], words: Sequence[str], least_factor: float = 1.0) -> Scale:
     """Steps between the least and the largest of positive figures, evenly in their logarithm.
 
     Args:
         words: each figure in words; a label is the least and the largest figure that is in the step.
+        least_factor: between both ends of the steps, though the figures be closer.
     """
     positive = [value for value in values if value > 0]
     if not positive:
         return Scale([math.inf], [""], [])
-    least, largest = min(positive), max(positive)
+    least = min(positive)
+    largest = max(*positive, least * least_factor)
     steps = STEPS if largest > least * _SAME else 1
     bounds = [least * (largest / least) ** (index / steps) for index in range(1, steps)]
     scale = Scale([*bounds, math.inf], [], [])

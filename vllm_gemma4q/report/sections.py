@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_gemma4q.card.results import Measurement, Results
 from vllm_gemma4q.doctor.diagnose import Diagnosis, Verdict
+from vllm_gemma4q.doctor.engines import Engine
 from vllm_gemma4q.doctor.finding import Finding
 from vllm_gemma4q.report import words
 from vllm_gemma4q.report.grid import Cell, Grid
@@ -15,6 +16,7 @@ from vllm_gemma4q.report.memory import CARDS, Memory
 from vllm_gemma4q.vram.engines import GIB
 
 _WORST = 10
+_AXIS = 1.1  # of the last card, so that its name has room
 _MARKS = {Verdict.LOADS: "✓", Verdict.DEGRADED: "!", Verdict.FAILS: "✗"}
 
 
@@ -33,11 +35,18 @@ def verdicts(diagnoses: Sequence[Diagnosis]) -> list[VerdictView]:
     """Every engine's, in the order asked for."""
     return [
         VerdictView(
-            one.engine.label + (" without the plugin" if one.engine.name == "vllm-stock" else ""),
+            _engine(one.engine),
             one.verdict.name.lower(), _MARKS[one.verdict], one.verdict.value, one.findings,
         )
         for one in diagnoses
     ]  # fmt: skip
+
+
+def _engine(engine: Engine) -> str:
+    """vLLM is told apart by the plugin, not by a name of ours."""
+    if not engine.is_vllm:
+        return engine.label
+    return f"vLLM {engine.version} {'with' if engine.has_plugin else 'without'} the plugin"
 
 
 def worst(grid: Grid) -> list[Cell]:
@@ -82,25 +91,25 @@ class MemoryView:
 def memory_view(memory: Memory) -> MemoryView:
     """Bars of all engines."""
     largest = max((row.total(tokens) for row in memory.rows for tokens in row.caches), default=0) / GIB
-    axis = next((card for card in CARDS if card >= largest), largest) * 1.04
+    axis = next((card for card in CARDS if card >= largest), largest) * _AXIS
     engines = []
     for row in memory.rows:
         bars = []
         for tokens, cache in row.caches.items():
-            total = row.total(tokens) / GIB
             fits = [str(card) for card in CARDS if memory.longest[row.engine][card] >= tokens]
             parts = (sum(row.weights.values()), cache, row.other or 0)
             weights, kept, other = (100 * part / GIB / axis for part in parts)
             fitting = f"{', '.join(fits)} GB" if fits else "none of these"
-            bars.append(Bar(words.tokens(tokens), f"{total:.2f}", weights, kept, other, fitting))
+            bars.append(Bar(words.tokens(tokens), words.gib(row.total(tokens)), weights, kept, other, fitting))
         longest = [
             (card, words.tokens(tokens) if tokens else "does not fit")
             for card, tokens in memory.longest[row.engine].items()
         ]
-        other_words = row.other_source if row.other is None else f"{row.other / GIB:.2f} GiB ({row.other_source})"
+        other_words = row.other_source if row.other is None else f"{words.gib(row.other)} ({row.other_source})"
         in_flight = "" if row.in_flight is None else f"{row.in_flight:,} tokens in flight"
-        weights_words = f"{sum(row.weights.values()) / GIB:.2f}"
-        engines.append(EngineMemory(row.engine, in_flight, weights_words, other_words, bars, longest))
+        engines.append(
+            EngineMemory(row.engine, in_flight, words.gib(sum(row.weights.values())), other_words, bars, longest)
+        )
     return MemoryView(engines, [(card, 100 * card / axis) for card in CARDS if card <= axis], memory.refusal)
 
 

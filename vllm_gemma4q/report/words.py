@@ -12,6 +12,11 @@ def size(n_bytes: float) -> str:
     return f"{in_unit(n_bytes, scale)} {unit}"
 
 
+def gib(n_bytes: float) -> str:
+    """Memory of GPUs, in GiB; MiB where that would be hundredths."""
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 / 10 else f"{n_bytes / 2**20:.1f} MiB"
+
+
 def unit_of(n_bytes: float) -> tuple[str, float]:
     """The largest unit that leaves at least one before the point, and its bytes."""
     return next(((unit, scale) for unit, scale in _UNITS if n_bytes >= scale), _UNITS[-1])
