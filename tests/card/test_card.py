@@ -149,7 +149,9 @@ def test_files_that_are_no_results(checkpoint, tmp_path):
 def test_a_written_card_is_not_overwritten(checkpoint, tmp_path):
     target = tmp_path / "README.md"
     assert card(checkpoint, "-o", target).stdout == f"Wrote {target}.\n"
-    assert json.loads(card(checkpoint, "-o", target, "--json").stdout) == {"card": str(target), "results": 0}
+    assert json.loads(card(checkpoint, "-o", target, "--json").stdout) == {
+        "card": str(target), "picture": None, "results": 0
+    }  # fmt: skip
     target.write_text("mine")
     finished = card(checkpoint, "-o", target)
     assert finished.returncode == 2 and "exists and is another" in finished.stderr

@@ -2,7 +2,7 @@
 
     metadata   base model, licence, tags; figures of GSM8K as evaluation results
     what       the scheme in a sentence, sizes by role, bits where they differ
-    quality    one table a kind of result file, with intervals; no row without a measurement
+    quality    one table a kind of result file, with intervals; no row without a measurement; a picture beside others
     memory     weights and KV cache in vLLM, computed from headers and said so
     serving    the command, where a measurement ran it, with the engine's version
     origin     the command that made it, versions
@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from vllm_gemma4q.card.results import Measurement, Results
+from vllm_gemma4q.card.results import Measured, Measurement
+from vllm_gemma4q.compare.figures import engine_name
+from vllm_gemma4q.vram.engines import VLLM
 from vllm_gemma4q.vram.table import Row
 
 SCHEMES = {
@@ -42,15 +44,19 @@ class Card:
         base_model: Hugging Face id of the original; None leaves it out.
         author: who quantized it; None leaves it out.
         licence: Hugging Face's short name; None leaves it out.
+        picture: name of the picture that lies beside the card; None where there is none.
+        beside: names of the other models in it.
     """
 
     title: str
     manifest: Mapping[str, Any]
-    results: Results
+    results: Measured
     memory: Sequence[Row]
     base_model: str | None = None
     author: str | None = None
     licence: str | None = None
+    picture: str | None = None
+    beside: Sequence[str] = ()
 
     def markdown(self) -> str:
         """The whole card."""
@@ -116,6 +122,9 @@ class Card:
         for found in self.results.gsm8k:
             yield f"GSM8K, {found['run']['questions']['count']:,} questions over the chat API of `vllm serve`:"
             yield _gsm8k_table(found)
+        if self.picture is not None:
+            yield f"Beside {', '.join(self.beside)}, measured alike:"
+            yield f"![Divergence and perplexity against bits a weight and GPU memory]({self.picture})"
 
     def _memory(self) -> Iterator[str]:
         if not self.memory:
@@ -139,7 +148,9 @@ class Card:
     def _tried(self) -> Iterator[str]:
         """What measurements have run, each with the version it ran on."""
         for measured in self.results.text:
-            engine, ranks = measured.protocol["engine"], measured.protocol["tensor_parallel_size"]
+            engine, ranks = measured.engine, measured.protocol.get("tensor_parallel_size", 1)
+            if engine["name"] != VLLM:
+                continue
             flags = [] if ranks == 1 else ["-tp", str(ranks)]
             yield f"{shlex.join(['vllm', 'serve', self.title, *flags])}   # vLLM {engine['version']}"
         for found in self.results.gsm8k:
@@ -156,19 +167,19 @@ class Card:
 
 def _conditions(measured: Measurement) -> str:
     protocol = measured.protocol
-    engine = protocol["engine"]
     texts = ", ".join(text["name"] for text in protocol["texts"])
     return (
-        f"{texts}, windows of {protocol['context']} tokens, {engine['name']} {engine['version']}, "
-        f"dtype {protocol['dtype']}, tensor parallel {protocol['tensor_parallel_size']}"
+        f"{texts}, windows of {protocol['context']} tokens, {engine_name(measured.engine)}, "
+        f"dtype {protocol.get('dtype', 'auto')}, tensor parallel {protocol.get('tensor_parallel_size', 1)}"
     )
 
 
 def _text_table(measured: Measurement) -> str:
     rows = []
-    for framing, ppl in measured.found["perplexity"].items():
-        original = "" if measured.reference is None else f"{measured.reference['perplexity'][framing]['value']:.4f}"
-        kld = measured.found.get("divergence", {}).get(framing)
+    for framing, ppl in measured.found.perplexity.items():
+        before = None if measured.reference is None else measured.reference.perplexity.get(framing)
+        original = "" if before is None else f"{before['value']:.4f}"
+        kld = measured.found.divergence.get(framing)
         cells = ("", "", "") if kld is None else (
             f"{kld['mean_kld']:.5f} ± {kld['error']:.5f}", f"{kld['p99_kld']:.5f}", f"{kld['same_top']:.2%}"
         )  # fmt: skip

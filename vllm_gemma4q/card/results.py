@@ -1,18 +1,9 @@
-"""Result files of one checkpoint: what `--json` of `gemma4q evaluate` and `gemma4q sweep` printed.
+"""What result files say of one checkpoint; `compare.results` reads them, by digest and never by name."""
 
-A file is of a checkpoint where the identity in it says so (`calibration.identity.model_identity`): its bytes, not its
-name or folder. Files of another checkpoint are refused, since a card with another model's figures is worse than none.
-"""
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
-
-from vllm_gemma4q.checkpoint.header import read_json
-from vllm_gemma4q.errors import InputError
-
-_KINDS = "what gemma4q evaluate .. --json or gemma4q sweep .. --json printed"
+from vllm_gemma4q.compare.results import Entry, Json, Results, gsm8k_results, text_results
 
 
 @dataclass(frozen=True)
@@ -21,71 +12,37 @@ class Measurement:
 
     Attributes:
         protocol: texts, context, windows, engine, see `evaluation.measure.Protocol.to_json`.
-        found: `perplexity` and `divergence` by framing.
-        reference: figures of the original in the same run, where it was one of those measured.
+        found: figures of the checkpoint.
+        reference: those of the original in the same run, where it was one of those measured.
     """
 
-    protocol: Mapping[str, Any]
-    found: Mapping[str, Any]
-    reference: Mapping[str, Any] | None
+    protocol: Json
+    found: Entry
+    reference: Entry | None
+
+    @property
+    def engine(self) -> Json:
+        """What ran the checkpoint."""
+        engine: Json = self.found.engine or self.protocol["engine"]
+        return engine
 
 
 @dataclass(frozen=True)
-class Results:
+class Measured:
     """All that was measured of one checkpoint, in the order of the files."""
 
     text: Sequence[Measurement] = ()
-    gsm8k: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
+    gsm8k: Sequence[Json] = ()
 
 
-def read_results(paths: Sequence[Path], model: Mapping[str, str]) -> Results:
-    """Figures of the checkpoint with identity `model`.
-
-    Raises:
-        InputError: a file cannot be read, is of another kind, or of other checkpoints only.
-    """
-    text: list[Measurement] = []
-    gsm8k: list[Mapping[str, Any]] = []
-    for path in paths:
-        document = read_json(path)
-        if "run" in document and "strict" in document:
-            _check(path, [document["run"].get("model")], model)
-            gsm8k.append(document)
-        elif "protocol" in document:
-            entries = list(_entries(document))
-            _check(path, [entry.get("model") for entry in entries], model)
-            reference = _reference(document)
-            text += [
-                Measurement(document["protocol"], entry, None if entry is reference else reference)
-                for entry in entries
-                if _is(entry.get("model"), model)
-            ]
-        else:
-            raise InputError(f"{path}: got keys {sorted(document)[:5]}, expected {_KINDS}")
-    return Results(text, gsm8k)
-
-
-def _entries(document: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    yield from document.get("checkpoints", {}).values()
-    yield from document.get("points", {}).values()
-
-
-def _reference(document: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    reference = document.get("reference")
-    if isinstance(reference, str):
-        found: Mapping[str, Any] = document["checkpoints"][reference]
-        return found
-    return reference
-
-
-def _is(found: Any, model: Mapping[str, str]) -> bool:
-    return isinstance(found, Mapping) and found.get("sha256") == model["sha256"]
-
-
-def _check(path: Path, found: Sequence[Any], model: Mapping[str, str]) -> None:
-    if not any(_is(each, model) for each in found):
-        names = [each.get("name") if isinstance(each, Mapping) else each for each in found]
-        raise InputError(
-            f"{path}: figures of {', '.join(map(str, names)) or 'nothing'}, "
-            f"expected of this checkpoint, {model['name']} ({model['sha256'][:8]})"
-        )
+def of_checkpoint(results: Iterable[Results], sha256: str) -> Measured:
+    """The part of result files that is of the checkpoint with this digest."""
+    results = list(results)
+    text = [
+        Measurement(each.protocol, entry, None if entry is each.reference else each.reference)
+        for each in text_results(results)
+        for entry in each.entries
+        if entry.sha256 == sha256
+    ]
+    gsm8k = [each.document for each in gsm8k_results(results) if each.models[0].get("sha256") == sha256]
+    return Measured(text, gsm8k)

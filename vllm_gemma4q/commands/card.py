@@ -1,18 +1,20 @@
-"""`gemma4q card DST --result FILE`: a model card of what was made and measured."""
+"""`gemma4q card DST --result FILE [--beside CKPT]`: a model card of what was made and measured, and its picture."""
 
 import json
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from gguf_mixed.sweep_plot import require_matplotlib
 from vllm_gemma4q.checkpoint import open_checkpoint
 from vllm_gemma4q.checkpoint.header import read_json
 from vllm_gemma4q.checkpoint.run import MANIFEST
 from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.vram.engines import Request, parse_engine
-from vllm_gemma4q.vram.source import open_source
 from vllm_gemma4q.vram.table import contexts_of, rows_of
 
 CARD = "README.md"
@@ -23,6 +25,12 @@ def command(
     result: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="What evaluate or sweep printed with --json. Repeatable.")
     ] = None,
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="CKPT|MODEL.gguf", help="Draw a picture beside this one of the same base and --result. Repeatable."
+        ),
+    ] = None,
     base_model: Annotated[str | None, typer.Option(metavar="ID", help="Hugging Face id of the original.")] = None,
     author: Annotated[str | None, typer.Option(metavar="NAME", help="Who quantized it.")] = None,
     licence: Annotated[
@@ -31,33 +39,83 @@ def command(
     title: Annotated[str | None, typer.Option(help="Heading, and name of the repository; DST's name.")] = None,
     context: Annotated[str | None, typer.Option(metavar="2K,4K,..", help="Contexts of the table of memory.")] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="DST/README.md; - for standard output.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="DST/README.md; - for standard output, without a picture."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Write a Hugging Face model card from the manifest and result files only. What was not measured is left out."""
-    from vllm_gemma4q.calibration.identity import model_identity
-    from vllm_gemma4q.card.card import SCHEMES, Card
-    from vllm_gemma4q.card.results import read_results
+    if beside:
+        require_matplotlib()
+    manifest = _manifest(checkpoint)
+    from vllm_gemma4q.card.card import Card
+    from vllm_gemma4q.card.results import of_checkpoint
+    from vllm_gemma4q.compare.comparison import of_models
+    from vllm_gemma4q.compare.model import open_models
+    from vllm_gemma4q.compare.results import read_results
 
-    found = open_checkpoint(checkpoint)
+    models = open_models([checkpoint, *(beside or [])])
+    whose = "one of these models" if beside else "this checkpoint"
+    results = read_results(result or [], [model.identity for model in models], whose)
+    source = models[0].source
+    memory = rows_of([source], [parse_engine("vllm")], Request(), contexts_of(context, source.longest))
+    path = None if str(output) == "-" else output or checkpoint / CARD
+    comparison = of_models(models, results, None)
+    groups = comparison.drawable_beside(models[0])
+    picture = path.with_suffix(".png") if path is not None and groups else None
+    text = Card(
+        title=title or checkpoint.resolve().name,
+        manifest=manifest,
+        results=of_checkpoint(results, models[0].sha256),
+        memory=memory,
+        base_model=base_model,
+        author=author,
+        licence=licence,
+        picture=None if picture is None else picture.name,
+        beside=[model.name for model in models[1:]],
+    ).markdown()
+    for line in comparison.origins:
+        print(f"note: {line}", file=sys.stderr)
+    if path is None:
+        sys.stdout.write(text)
+        return
+    _write(path, text.encode(), picture, lambda target: comparison.plot(groups, target))
+    if beside and picture is None:
+        print(
+            "note: no picture: no --result has figures of two of these models beside the original, measured alike",
+            file=sys.stderr,
+        )
+    if as_json:
+        shown = None if picture is None else str(picture)
+        print(json.dumps({"card": str(path), "picture": shown, "results": len(results)}))
+    else:
+        print(f"Wrote {path}{'' if picture is None else f' and {picture}'}.")
+
+
+def _manifest(checkpoint: Path) -> dict[str, Any]:
+    """What gemma4q says that it did. Raises InputError: it made no such checkpoint."""
+    from vllm_gemma4q.card.card import SCHEMES
+
+    open_checkpoint(checkpoint)
     if not (checkpoint / MANIFEST).is_file():
         raise InputError(f"{checkpoint}: has no {MANIFEST}, expected a checkpoint that gemma4q wrote")
     manifest = read_json(checkpoint / MANIFEST)
     if manifest["identity"]["scheme"] not in SCHEMES:
         raise InputError(f"{MANIFEST}: got scheme {manifest['identity']['scheme']}, expected {', '.join(SCHEMES)}")
-    results = read_results(result or [], model_identity(found))
-    source = open_source(checkpoint)
-    memory = rows_of([source], [parse_engine("vllm")], Request(), contexts_of(context, source.longest))
-    name = title or checkpoint.resolve().name
-    text = Card(name, manifest, results, memory, base_model, author, licence).markdown()
-    if str(output) == "-":
-        sys.stdout.write(text)
-        return
-    path = output or checkpoint / CARD
-    if path.exists() and path.read_text(encoding="utf-8") != text:
-        raise InputError(f"{path}: exists and is another; remove it, or choose another name with --output")
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-    print(json.dumps({"card": str(path), "results": len(result or [])}) if as_json else f"Wrote {path}.")
+    return manifest
+
+
+def _write(path: Path, text: bytes, picture: Path | None, draw: Callable[[Path], None]) -> None:
+    """The card, and its picture first; nothing where one of them would take the place of another file."""
+    files = {path: text}
+    if picture is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            draw(drawn := Path(folder, picture.name))
+            files = {picture: drawn.read_bytes(), **files}
+    for target, content in files.items():
+        if target.exists() and target.read_bytes() != content:
+            raise InputError(f"{target}: exists and is another; remove it, or choose another name with --output")
+    for target, content in files.items():
+        partial = target.with_name(f"{target.name}.partial")
+        partial.write_bytes(content)
+        partial.replace(target)

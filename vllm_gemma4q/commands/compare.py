@@ -50,8 +50,10 @@ def command(
     from vllm_gemma4q.compare.comparison import compare
 
     found = compare(models, result or [], context)
-    if plot is not None and not found.plot(plot):
-        raise InputError(f"--plot {plot}: got no perplexity or divergence to draw, expected some in a --result")
+    if plot is not None:
+        if not (groups := found.drawable()):
+            raise InputError(f"--plot {plot}: got no perplexity or divergence to draw, expected some in a --result")
+        found.plot(groups, plot)
     if as_json:
         print(json.dumps(found.report()))
         return
@@ -134,7 +136,7 @@ def _notes(found: "Comparison") -> Iterator[str]:
         if group.noise_floor is not None:
             floor = group.noise_floor
             yield (
-                f"  noise floor, the reference run again: mean KLD {floor['mean_kld']:.5f} ± {floor['error']:.5f}, "
+                f"  noise floor, the reference from itself: mean KLD {floor['mean_kld']:.5f} ± {floor['error']:.5f}, "
                 f"p99 {floor['p99_kld']:.5f}, same top {floor['same_top']:.2%}"
             )
     for index, group in enumerate(found.gsm8k):

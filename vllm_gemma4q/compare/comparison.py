@@ -49,16 +49,22 @@ class Comparison:
             "origins": list(self.origins),
         }
 
-    def plot(self, path: Path, least: int = 1) -> bool:
-        """Write the picture of the groups with so many points at least; whether there was any such group.
+    def drawable(self) -> list[TextGroup]:
+        """Groups with a point to draw."""
+        return [group for group in self.text if drawable(group, self.models)]
+
+    def drawable_beside(self, model: Model) -> list[TextGroup]:
+        """Groups with a point for a model and for another."""
+        shown = ((group, drawable(group, self.models)) for group in self.text)
+        return [group for group, models in shown if model in models and len(models) > 1]
+
+    def plot(self, groups: Sequence[TextGroup], path: Path) -> None:
+        """Write the picture of groups with points.
 
         Raises:
             InputError: `path` cannot be written.
         """
-        groups = [group for group in self.text if len(drawable(group, self.models)) >= least]
-        if groups:
-            plot(groups, self.models, self.schemes, self.tokens, path)
-        return bool(groups)
+        plot(groups, self.models, self.schemes, self.tokens, path)
 
 
 def compare(paths: Sequence[Path], results: Sequence[Path], context: str | None) -> Comparison:

@@ -86,7 +86,7 @@ def memory_bytes(row: Row, tokens: int) -> int:
 
 
 def open_models(paths: Sequence[Path]) -> list[Model]:
-    """Models of one base, in the order given; those of one name are called by their paths.
+    """Models of one base, in the order given; those of one name are called by their folder's name, too.
 
     Raises:
         InputError: see `open_model`; two are of different shapes, or are the same.
@@ -180,7 +180,7 @@ def _count(experts: Sequence[int]) -> str:
 
 
 def _renamed(model: Model) -> Model:
-    return replace(model, name=str(model.path))
+    return replace(model, name=f"{model.path.resolve().parent.name}/{model.name}")
 
 
 def model_report(model: Model, tokens: int) -> dict[str, Any]:

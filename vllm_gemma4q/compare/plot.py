@@ -1,7 +1,7 @@
 """The picture: divergence and perplexity against bits a weight and against GPU memory, two axes a figure and group.
 
 Points are models, coloured by scheme, with one standard error; hollow where another engine ran them than the rest.
-Lines are the original's perplexity and the noise floor, its divergence from itself when it is run again. Not drawn: a
+Lines are the original's perplexity and the noise floor, its divergence from itself. Not drawn: a
 divergence of nothing or without end, for which a logarithmic axis has no place.
 """
 
@@ -144,7 +144,7 @@ def _draw_lines(axes: Any, kind: _Kind, group: TextGroup) -> list[float]:
     if height <= 0:
         return []
     axes.axhline(height, color="0.4", ls="--", lw=1)
-    low, _ = axes.get_ylim()
+    low = min(axes.get_ylim()[0], height / 2)
     axes.axhspan(low, height, color="0.93", zorder=0)
     axes.set_ylim(bottom=low)
     return [height]
@@ -175,7 +175,7 @@ def _legend(figure: Any, colours: dict[str, str], groups: Sequence[TextGroup]) -
     if any(group.reference_perplexity is not None for group in groups):
         entries.append(entry("the original", color="black", ls=":"))
     if any(group.noise_floor is not None for group in groups):
-        entries.append(entry("noise floor: the original run again", color="0.4", ls="--"))
+        entries.append(entry("noise floor: the original from itself", color="0.4", ls="--"))
     columns = min(len(entries), _LEGEND_COLUMNS)
     figure.legend(handles=entries, loc="outside lower center", ncols=columns, fontsize=FONT_SIZE + 1)
 
