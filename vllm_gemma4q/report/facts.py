@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_gemma4q.card.results import Results, read_results
+from vllm_gemma4q.card.results import Measured, of_checkpoint
 from vllm_gemma4q.checkpoint import open_checkpoint
 from vllm_gemma4q.commands.progress import byte_bar
+from vllm_gemma4q.compare.results import read_results
 from vllm_gemma4q.doctor.diagnose import Diagnosis, diagnose, open_patient
 from vllm_gemma4q.doctor.engines import EXLLAMAV3, LLAMA_CPP, VLLM, VLLM_STOCK, parse_engine
 from vllm_gemma4q.doctor.subject import Scheme, Subject
@@ -51,7 +52,7 @@ class Facts:
     errors: str | None
     no_errors: str
     manifest: Manifest = field(default_factory=Manifest)
-    results: Results = field(default_factory=Results)
+    results: Measured = field(default_factory=Measured)
 
     @property
     def total(self) -> RoleRow:
@@ -83,7 +84,7 @@ def _of_checkpoint(subject: Subject, results: Sequence[Path], engines: Sequence[
     errors, source = _checkpoint_errors(subject, manifest)
     parts = list(checkpoint_parts(subject))
     types = [layer.layer_type for layer in subject.architecture.layers]
-    measured = read_results(results, model_identity(open_checkpoint(subject.folder))) if results else Results()
+    identity = model_identity(open_checkpoint(subject.folder)) if results else None
     return Facts(
         name=subject.folder.resolve().name,
         scheme=scheme_words(subject),
@@ -96,7 +97,7 @@ def _of_checkpoint(subject: Subject, results: Sequence[Path], engines: Sequence[
         errors=source,
         no_errors=_why_no_errors(subject, manifest),
         manifest=manifest,
-        results=measured,
+        results=_results(results, identity),
     )
 
 
@@ -132,7 +133,7 @@ def _of_gguf(
     parts = list(gguf_parts(inventory))
     errors = {} if base is None else _gguf_errors(inventory, base)
     layers = _layers(inventory, parts)
-    identity = {"name": inventory.path.name, "sha256": model_sha256(inventory)} if results else {}
+    identity = {"name": inventory.path.name, "sha256": model_sha256(inventory)} if results else None
     return Facts(
         name=inventory.path.name,
         scheme="GGUF",
@@ -144,8 +145,15 @@ def _of_gguf(
         memory=memory_of(inventory.path),
         errors=MEASURED if errors else None,
         no_errors=GGUF_NO_BASE,
-        results=read_results(results, identity) if results else Results(),
+        results=_results(results, identity),
     )
+
+
+def _results(paths: Sequence[Path], identity: Mapping[str, str] | None) -> Measured:
+    """Figures in result files; `identity` may be None where there are no files: it takes time."""
+    if identity is None:
+        return Measured()
+    return of_checkpoint(read_results(paths, [identity], "this checkpoint"), identity["sha256"])
 
 
 def _gguf_errors(inventory: "Inventory", base: Path) -> Errors:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_gemma4q.card.results import Measurement, Results
+from vllm_gemma4q.card.results import Measured, Measurement
 from vllm_gemma4q.doctor.diagnose import Diagnosis, Verdict
 from vllm_gemma4q.doctor.engines import Engine
 from vllm_gemma4q.doctor.finding import Finding
@@ -146,7 +146,7 @@ class Quality:
     scores: Sequence[tuple[str, Sequence[ScoreRow]]]
 
 
-def quality_view(results: Results) -> Quality:
+def quality_view(results: Measured) -> Quality:
     """Tables of what was measured; nothing is filled in."""
     texts = [_text_table(measured) for measured in results.text]
     scores = [
@@ -157,20 +157,21 @@ def quality_view(results: Results) -> Quality:
 
 def _text_table(measured: Measurement) -> tuple[str, Sequence[str], Sequence[TextRow]]:
     protocol = measured.protocol
-    engine = protocol["engine"]
+    engine = " ".join(str(measured.engine[key]) for key in ("name", "version") if key in measured.engine)
     texts = ", ".join(text["name"] for text in protocol["texts"])
-    conditions = f"{texts}, windows of {protocol['context']} tokens, {engine['name']} {engine['version']}"
-    rows = [(framing, _text_cells(measured, framing)) for framing in measured.found["perplexity"]]
+    conditions = f"{texts}, windows of {protocol['context']} tokens, {engine}"
+    rows = [(framing, _text_cells(measured, framing)) for framing in measured.found.perplexity]
     filled = [index for index in range(len(TEXT_HEADINGS)) if any(cells[index] for _, cells in rows)]
     headings = [TEXT_HEADINGS[index] for index in filled]
     return conditions, headings, [TextRow(framing, [cells[index] for index in filled]) for framing, cells in rows]
 
 
 def _text_cells(measured: Measurement, framing: str) -> list[str]:
-    found = measured.found["perplexity"][framing]
-    original = "" if measured.reference is None else f"{measured.reference['perplexity'][framing]['value']:.4f}"
+    found = measured.found.perplexity[framing]
+    reference = None if measured.reference is None else measured.reference.perplexity.get(framing)
+    original = "" if reference is None else f"{reference['value']:.4f}"
     cells = [f"{found['positions']:,}", original, f"{found['value']:.4f} ± {found['error']:.4f}"]
-    kld = measured.found.get("divergence", {}).get(framing)
+    kld = measured.found.divergence.get(framing)
     if kld is None:
         return [*cells, "", "", ""]
     return [*cells, f"{kld['mean_kld']:.5f} ± {kld['error']:.5f}", f"{kld['p99_kld']:.5f}", f"{kld['same_top']:.2%}"]
