@@ -123,7 +123,7 @@ class Card:
             yield f"GSM8K, {found['run']['questions']['count']:,} questions over the chat API of `vllm serve`:"
             yield _gsm8k_table(found)
         if self.picture is not None:
-            yield f"Beside {', '.join(self.beside)}, measured alike:"
+            yield f"Beside {', '.join(self.beside)}, on the same text:"
             yield f"![Divergence and perplexity against bits a weight and GPU memory]({self.picture})"
 
     def _memory(self) -> Iterator[str]:

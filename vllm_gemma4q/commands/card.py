@@ -72,7 +72,7 @@ def command(
         author=author,
         licence=licence,
         picture=None if picture is None else picture.name,
-        beside=[model.name for model in models[1:]],
+        beside=[model.name for model in comparison.shown_in(groups) if model is not models[0]],
     ).markdown()
     for line in comparison.origins:
         print(f"note: {line}", file=sys.stderr)

@@ -139,8 +139,8 @@ def _notes(found: "Comparison") -> Iterator[str]:
                 f"  noise floor, the reference from itself: mean KLD {floor['mean_kld']:.5f} ± {floor['error']:.5f}, "
                 f"p99 {floor['p99_kld']:.5f}, same top {floor['same_top']:.2%}"
             )
-    for index, group in enumerate(found.gsm8k):
-        yield f"{_numbered('GSM8K', index, len(found.gsm8k))}: {group.title()}, 95% interval"
+    for index, runs in enumerate(found.gsm8k):
+        yield f"{_numbered('GSM8K', index, len(found.gsm8k))}: {runs.title()}, 95% interval"
     yield "GiB: weights and KV cache of one request, computed from headers; what engines take beside them is not in it."
     if len({model.is_gguf for model in found.models}) > 1:
         yield "A GGUF holds the language model alone, a checkpoint its vision tower too: bits a weight leave that out."

@@ -58,6 +58,14 @@ class Comparison:
         shown = ((group, drawable(group, self.models)) for group in self.text)
         return [group for group, models in shown if model in models and len(models) > 1]
 
+    def shown_in(self, groups: Sequence[TextGroup]) -> list[Model]:
+        """Models with a point in some group, or a line as the original."""
+        return [
+            model
+            for model in self.models
+            if any(group.is_reference(model) or model in drawable(group, self.models) for group in groups)
+        ]
+
     def plot(self, groups: Sequence[TextGroup], path: Path) -> None:
         """Write the picture of groups with points.
 

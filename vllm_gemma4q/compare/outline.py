@@ -40,17 +40,15 @@ class Outline:
     heads: int
     expert_size: int
     per_layer_input_size: int
-    caching_layers: int
     layers: tuple[LayerOutline, ...]
+    caching_layers: int
 
     def difference(self, other: "Outline") -> tuple[str, object, object] | None:
         """The first thing that differs: what, here, and in `other`; None where both are of one base."""
         for field in fields(self):
             here, there = getattr(self, field.name), getattr(other, field.name)
-            if field.name == "layers":
-                return _layer_difference(here, there)
             if here != there:
-                return field.name, here, there
+                return _layer_difference(here, there) if field.name == "layers" else (field.name, here, there)
         return None
 
 
@@ -74,7 +72,6 @@ def outline_of_config(architecture: TextArchitecture) -> Outline:
         heads=architecture.num_attention_heads,
         expert_size=architecture.moe_intermediate_size or 0,
         per_layer_input_size=architecture.per_layer_input_size,
-        caching_layers=sum(layer.has_key_value for layer in architecture.layers),
         layers=tuple(
             LayerOutline(
                 layer.layer_type == SLIDING_ATTENTION,
@@ -84,6 +81,7 @@ def outline_of_config(architecture: TextArchitecture) -> Outline:
             )
             for layer in architecture.layers
         ),
+        caching_layers=sum(layer.has_key_value for layer in architecture.layers),
     )
 
 
@@ -108,11 +106,11 @@ def outline_of_gguf(inventory: Inventory) -> Outline:
         heads=_size(header, "attention.head_count"),
         expert_size=_size(header, "expert_feed_forward_length", 0),
         per_layer_input_size=_size(header, "embedding_length_per_layer_input", 0),
-        caching_layers=layers - _size(header, "attention.shared_kv_layers", 0),
         layers=tuple(
             LayerOutline(bool(window), narrow if window else wide, heads, inner)
             for window, heads, inner in zip(sliding, key_heads, intermediate, strict=True)
         ),
+        caching_layers=layers - _size(header, "attention.shared_kv_layers", 0),
     )
 
 
