@@ -19,8 +19,10 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from gguf_mixed.errors import InputError
+from gguf_mixed.tether import spawn
 
 Log = Callable[[str], None]
 
@@ -131,10 +133,8 @@ def last_line(lines: Sequence[str]) -> str:
 def _run(command: Sequence[str], log: Log, main_niceness: int) -> tuple[int, list[str]]:
     """Exit status (negative: the signal that killed it) and all lines printed."""
     lines: list[str] = []
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace"
-    )
-    try:
+    output: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with spawn(command, **output, text=True, encoding="utf-8", errors="replace") as process:
         assert process.stdout is not None
         for line in process.stdout:
             if main_niceness and not lines and sys.platform == "linux":
@@ -142,9 +142,6 @@ def _run(command: Sequence[str], log: Log, main_niceness: int) -> tuple[int, lis
             lines.append(line.rstrip())
             log(lines[-1])
         return process.wait(), lines
-    finally:
-        process.kill()
-        process.wait()
 
 
 def _lower_main_thread(pid: int, niceness: int) -> None:

@@ -26,7 +26,7 @@ from gguf_mixed.tensors import read_inventory
 # The program does not wait for its log at exit, so that the last lines, which hold the figures, may be lost: on two
 # cores shared with six busy processes, by 6 runs of 6; with its main thread at niceness 5, 10 and 19, by 5, 3 and 0.
 # That takes time, so each run goes one step further than the last.
-_NICENESS = (0, 5, 10, 19, 19, 19)
+NICENESS = (0, 5, 10, 19, 19, 19)
 LEAST_POSITIONS = 100  # llama-perplexity makes no statistics of fewer
 DEFAULT_CONTEXT = 512
 
@@ -130,6 +130,8 @@ def write_base(
     context: int = DEFAULT_CONTEXT,
     threads: int | None = None,
     log: Log = lambda line: None,
+    options: Sequence[str] = (),
+    main_niceness: int = 0,
 ) -> Base:
     """Run the reference over the start of a text; `base_path` appears only when it is complete.
 
@@ -139,6 +141,8 @@ def write_base(
         text: UTF-8.
         chunks: how many of `context` tokens. The text must hold so many, and at least two.
         log: gets every line printed; the chunks' perplexities come as one line at the end.
+        options: more of them for llama-perplexity.
+        main_niceness: see `run_tool`.
 
     Raises:
         InputError: too little text, too few positions, the model is no GGUF, or llama-perplexity fails.
@@ -147,10 +151,9 @@ def write_base(
         raise InputError(f"{chunks} chunks of {context} tokens: at least {LEAST_POSITIONS} positions are needed")
     vocabulary = vocabulary_of(model)
     partial = base_path.with_name(base_path.name + ".partial")
-    command = [str(tool), "-m", str(model), "-f", str(text), "--chunks", str(chunks)]
-    command += [*_context_options(context), "--kl-divergence-base", str(partial), *inference_options(tool, threads)]
+    command = [*text_command(tool, model, text, chunks, context, threads), "--kl-divergence-base", str(partial)]
     try:
-        lines = run_tool(command, log)
+        lines = run_tool([*command, *options], log, main_niceness)
         written = _check_written(partial, Base(base_path, context, vocabulary, chunks), text, lines)
         partial.replace(base_path)
     except BaseException:
@@ -186,7 +189,7 @@ def divergence(
         raise InputError(f"{base_path.name}: {base.positions} positions, at least {LEAST_POSITIONS} are needed")
     command = [str(tool), "-m", str(model), "--kl-divergence", "--kl-divergence-base", str(base_path)]
     command += [*_context_options(base.context), *inference_options(tool, threads)]
-    for niceness in _NICENESS:
+    for niceness in NICENESS:
         lines = run_tool(command, log, niceness)
         if _is_complete(lines):
             break
@@ -239,6 +242,14 @@ def vocabulary_of(model: Path) -> int:
     if embeddings is None:
         raise InputError(f"{model.name}: has no tensor {_EMBEDDINGS}")
     return embeddings.n_elements // embeddings.row_length
+
+
+def text_command(
+    tool: Path, model: Path, text: Path, chunks: int, context: int = DEFAULT_CONTEXT, threads: int | None = None
+) -> list[str]:
+    """A run over the start of a text; of all of it where `chunks` is -1."""
+    command = [str(tool), "-m", str(model), "-f", str(text), "--chunks", str(chunks)]
+    return [*command, *_context_options(context), *inference_options(tool, threads)]
 
 
 def _context_options(context: int) -> list[str]:

@@ -32,8 +32,8 @@ def test_int8(tmp_path, model):
     assert report["roles"]["mlp"]["quantized"] == report["roles"]["mlp"]["parameters"]
     assert 0 < report["divergence"]["mean_kld"] < 0.05
     assert report["divergence"]["same_top"] > 0.9
-    assert report["answers"]["int8"]
-    for said in (report["checkpoint"], "same top token", repr(report["answers"]["int8"])):
+    assert report["answer"]
+    for said in (report["checkpoint"], "same top token", repr(report["answer"])):
         assert said in result.stdout
 
 

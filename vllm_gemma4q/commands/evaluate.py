@@ -1,72 +1,93 @@
 """`gemma4q evaluate perplexity|divergence|gsm8k`: what a checkpoint is worth on the engine that serves it."""
 
-import json
 import os
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from vllm_gemma4q.commands import evaluate_gsm8k
+from vllm_gemma4q.commands.evaluate_report import show
+from vllm_gemma4q.commands.model import Device
 from vllm_gemma4q.errors import InputError
+from vllm_gemma4q.evaluation.engines.settings import EngineName, Settings, is_gguf
 from vllm_gemma4q.evaluation.windows import Framing
 
 if TYPE_CHECKING:  # transformers, which only these commands need
     from vllm_gemma4q.evaluation.measure import Protocol
 
-app = typer.Typer(help="Measure checkpoints through vLLM.", no_args_is_help=True)
+app = typer.Typer(help="Measure checkpoints and GGUF files.", no_args_is_help=True)
 app.command("gsm8k")(evaluate_gsm8k.command)
 
-_WIDTH = 140
 
+Models = Annotated[list[Path], typer.Argument(metavar="CKPT..", help="Checkpoint folders; .gguf files.")]
 Text = Annotated[list[Path], typer.Option(metavar="FILE", help="UTF-8 text to predict. Repeatable.")]
 Framings = Annotated[
     list[Framing] | None,
-    typer.Option(help="raw: llama-perplexity's protocol; chat: half of each window as the model's answer. Both."),
+    typer.Option(
+        help="raw: llama-perplexity's protocol; chat: half of each window as the model's answer. Both; with a GGUF raw."
+    ),
 ]
 Context = Annotated[int, typer.Option(min=3, help="Tokens of a window.")]
 Chunks = Annotated[int | None, typer.Option(min=1, help="Windows of each framing; all by default.")]
+EngineOption = Annotated[
+    EngineName,
+    typer.Option("--engine", help="For checkpoint folders; transformers: unquantized ones, layer by layer."),
+]
 Ranks = Annotated[int, typer.Option("--tensor-parallel-size", "-tp", min=1, help="As for vllm serve.")]
 EngineDtype = Annotated[str, typer.Option(metavar="DTYPE", help="As for vllm serve.")]
+EngineDevice = Annotated[Device, typer.Option("--device", help="Where transformers computes.")]
+LlamaFolder = Annotated[
+    Path | None, typer.Option("--llama-cpp", metavar="DIR", help="Folder of llama-perplexity, which runs GGUF files.")
+]
 Log = Annotated[Path | None, typer.Option(metavar="FILE", help="Keep what the engine prints.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 
 @app.command("perplexity")
 def perplexity_command(
-    checkpoints: Annotated[list[Path], typer.Argument(metavar="CKPT..", help="Checkpoint folders.")],
+    checkpoints: Models,
     text: Text,
     framing: Framings = None,
     context: Context = 512,
     chunks: Chunks = None,
+    engine: EngineOption = EngineName.VLLM,
     ranks: Ranks = 1,
     dtype: EngineDtype = "auto",
+    device: EngineDevice = Device.CPU,
+    llama_cpp: LlamaFolder = None,
     log: Log = None,
     as_json: AsJson = False,
 ) -> None:
-    """Perplexity on a text, each checkpoint as vLLM serves it."""
-    protocol = load(checkpoints[0], text, framing, context, chunks, dtype, ranks)
+    """Perplexity on a text, each checkpoint as its engine runs it."""
+    settings = Settings(engine, dtype, ranks, device.value, llama_cpp)
     with engine_log(log) as output:
+        protocol = load(checkpoints, text, framing, context, chunks, settings, output)
         found = {str(path): {**_identity(path), **protocol.run(path, output).to_json()} for path in checkpoints}
-    _show({"protocol": protocol.to_json(), "checkpoints": found}, as_json)
+    show({"protocol": protocol.to_json(), "checkpoints": found}, as_json)
 
 
 @app.command("divergence")
 def divergence_command(
-    reference: Annotated[Path, typer.Argument(metavar="REFERENCE", help="The unquantized checkpoint.")],
-    checkpoints: Annotated[list[Path], typer.Argument(metavar="CKPT..", help="Checkpoint folders.")],
+    reference: Annotated[
+        Path, typer.Argument(metavar="REFERENCE", help="What to compare with: a folder, a .gguf file.")
+    ],
+    checkpoints: Models,
     text: Text,
     framing: Framings = None,
     context: Context = 512,
     chunks: Chunks = None,
+    noise_floor: Annotated[
+        bool, typer.Option("--noise-floor", help="Also REFERENCE's divergence from itself in float32, by transformers.")
+    ] = False,
+    engine: EngineOption = EngineName.VLLM,
     ranks: Ranks = 1,
     dtype: EngineDtype = "auto",
+    device: EngineDevice = Device.CPU,
+    llama_cpp: LlamaFolder = None,
     work: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where two files of distributions fit; a temporary folder.")
     ] = None,
@@ -74,19 +95,36 @@ def divergence_command(
     as_json: AsJson = False,
 ) -> None:
     """Kullback-Leibler divergence from a reference over the whole vocabulary, and perplexity."""
-    protocol = load(reference, text, framing, context, chunks, dtype, ranks)
+    settings = Settings(engine, dtype, ranks, device.value, llama_cpp)
     with engine_log(log) as output, tempfile.TemporaryDirectory(dir=work) as folder:
-        base = protocol.run(reference, output, Path(folder, "reference"))
-        found = {str(reference): {**_identity(reference), **base.to_json()}}
-        for path in checkpoints:
-            other = protocol.run(path, output, Path(folder, "other"))
-            found[str(path)] = {**_identity(path), **other.to_json(protocol.compare(base, other))}
-    _show({"protocol": protocol.to_json(), "reference": str(reference), "checkpoints": found}, as_json)
+        protocol = load([reference, *checkpoints], text, framing, context, chunks, settings, output)
+        files = Path(folder, "reference"), Path(folder, "other")
+        result = _diverge(protocol, reference, checkpoints, noise_floor, files, output)
+    show(result, as_json)
 
 
-def console_width() -> int | None:
-    """Of tables: the terminal's, and enough for all columns in a pipe."""
-    return None if sys.stdout.isatty() else _WIDTH
+def _diverge(
+    protocol: "Protocol",
+    reference: Path,
+    checkpoints: Sequence[Path],
+    noise_floor: bool,
+    files: tuple[Path, Path],
+    log: Path,
+) -> dict[str, Any]:
+    """Everything that the command prints. `files` are for the distributions of two models at a time."""
+    from vllm_gemma4q.evaluation.measure import by_name
+    from vllm_gemma4q.evaluation.noise import exact_engine
+
+    exact = exact_engine(reference, protocol.settings) if noise_floor else None
+    base = protocol.run(reference, log, files[0])
+    result: dict[str, Any] = {"protocol": protocol.to_json(), "reference": str(reference)}
+    found = {str(reference): {**_identity(reference), **base.to_json()}}
+    if exact is not None:
+        result["noise_floor"] = by_name(protocol.compare(base, protocol.run(reference, log, files[1], exact)))
+    for path in checkpoints:
+        other = protocol.run(path, log, files[1])
+        found[str(path)] = {**_identity(path), **other.to_json(protocol.compare(base, other))}
+    return {**result, "checkpoints": found}
 
 
 @contextmanager
@@ -100,53 +138,30 @@ def engine_log(given: Path | None) -> Iterator[Path]:
 
 
 def load(
-    checkpoint: Path,
+    models: Sequence[Path],
     text: list[Path],
     framings: list[Framing] | None,
     context: int,
     chunks: int | None,
-    dtype: str,
-    ranks: int,
+    settings: Settings,
+    log: Path = Path(os.devnull),
 ) -> "Protocol":
     """What the options ask for. Raises InputError: see `load_protocol`; transformers is not installed."""
     try:
         from vllm_gemma4q.evaluation.measure import load_protocol
     except ImportError as error:
         raise InputError(f"{error.name}: not installed: pip install 'vllm-gemma4q[evaluate]'") from error
-    return load_protocol(checkpoint, text, framings or list(Framing), context, chunks, dtype, ranks)
+    return load_protocol(models, text, framings, context, chunks, settings, log)
 
 
 def _identity(path: Path) -> dict[str, Any]:
     """Which model figures are of, whatever its folder is called."""
+    if is_gguf(path):
+        from gguf_mixed.identity import model_sha256, named
+        from gguf_mixed.tensors import read_inventory
+
+        return {"model": named(path, model_sha256(read_inventory(path)))}
     from vllm_gemma4q.calibration.identity import model_identity
     from vllm_gemma4q.checkpoint import open_checkpoint
 
     return {"model": model_identity(open_checkpoint(path))}
-
-
-def _show(result: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(result))
-        return
-    table = Table("checkpoint", "text", "perplexity", "KLD mean", "median", "p99", "p99.9", "same top", "positions")
-    for name, found in result["checkpoints"].items():
-        for framing, ppl in found["perplexity"].items():
-            table.add_row(
-                name,
-                framing,
-                f"{ppl['value']:.4f} ± {ppl['error']:.4f}",
-                *_divergence(found, framing),
-                f"{ppl['positions']:,}",
-            )
-    Console(width=console_width()).print(table)
-
-
-def _divergence(found: dict[str, Any], framing: str) -> list[str]:
-    if "divergence" not in found:
-        return [""] * 5
-    kld = found["divergence"][framing]
-    figures = [
-        f"{kld['mean_kld']:.5f} ± {kld['error']:.5f}",
-        *(f"{kld[key]:.5f}" for key in ("median_kld", "p99_kld", "p999_kld")),
-    ]
-    return [*figures, f"{kld['same_top']:.2%}"]

@@ -168,7 +168,7 @@ def _show(found: "Results", baseline: Path | None, compared: "dict[str, Paired] 
     if as_json:
         print(json.dumps(document))
         return
-    from vllm_gemma4q.commands.evaluate import console_width
+    from vllm_gemma4q.commands.evaluate_report import console_width
 
     console = Console(width=console_width(), highlight=False, markup=False)
     console.print(_table(document))

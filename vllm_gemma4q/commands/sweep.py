@@ -20,12 +20,13 @@ from vllm_gemma4q.commands.evaluate import (
     Framings,
     Ranks,
     Text,
-    console_width,
     load,
 )
+from vllm_gemma4q.commands.evaluate_report import console_width
 from vllm_gemma4q.commands.model import Device
 from vllm_gemma4q.commands.progress import byte_bar
 from vllm_gemma4q.commands.quantize import Codebook, require_hessians
+from vllm_gemma4q.evaluation.engines.settings import Settings
 from vllm_gemma4q.exl3.quantize import Options
 
 _BITS = (3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
@@ -60,7 +61,7 @@ def command(
     require_hessians(statistics, no_hessian)
     checkpoint = open_checkpoint(source)
     points = [Options(rate, head_bits, codebook.value, device.value) for rate in bits or _BITS]
-    protocol = load(source, text, framing, context, chunks, dtype, ranks)
+    protocol = load([source], text, framing, context, chunks, Settings(dtype=dtype, tensor_parallel_size=ranks))
     from vllm_gemma4q.exl3.sweep import PLOT, Sweep
     from vllm_gemma4q.exl3.sweep_plot import plot
 

@@ -2,6 +2,10 @@
 
 Files hold float32 log-probabilities [positions, vocabulary], row by row: 1 MB a position of Gemma's 262,144 tokens.
 They are read a few rows at a time.
+
+Vocabularies may end differently, by rows of padding that one file format keeps and another does not. Then both models
+are compared over the tokens that both have, the wider one's probabilities divided by what these hold of the whole:
+refused where that is less than 99.9%, since tokens that are used are no padding.
 """
 
 import math
@@ -16,6 +20,10 @@ from vllm_gemma4q.errors import InputError
 
 _VALUES_AT_ONCE = 1 << 22
 _VALUE_BYTES = 4
+_MOST_PADDING = 1e-3
+
+
+_Rows = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -36,28 +44,40 @@ class Divergence:
     positions: int
 
 
-def compare(reference: Path, other: Path, vocabulary: int, span: tuple[int, int] | None = None) -> Divergence:
+def compare(
+    reference: Path,
+    other: Path,
+    vocabulary: int,
+    span: tuple[int, int] | None = None,
+    *,
+    other_vocabulary: int | None = None,
+    floor: float = -math.inf,
+) -> Divergence:
     """Two files over the same positions: all of them, or rows `span` (start, stop).
 
+    Args:
+        vocabulary: of the reference, and of the other unless `other_vocabulary` says otherwise.
+        floor: natural logarithm; tokens that the reference holds to be no likelier add nothing. Of a file that does
+            not tell such tokens apart.
+
     Raises:
-        InputError: sizes that do not fit the vocabulary or each other, or a log-probability that is not a number.
+        InputError: sizes that do not fit the vocabulary or each other, a log-probability that is not a number, or
+            vocabularies that differ by more than padding.
     """
-    rows = _rows(reference, vocabulary)
-    if (found := _rows(other, vocabulary)) != rows or rows < 2:
+    tables = _Table(reference, vocabulary), _Table(other, other_vocabulary or vocabulary)
+    rows = tables[0].rows
+    if (found := tables[1].rows) != rows or rows < 2:
         raise InputError(f"{other.name}: got {found} positions, expected the {rows} of {reference.name}, at least 2")
     start, stop = span or (0, rows)
+    common = min(table.vocabulary for table in tables)
     klds, same = [], 0
-    pairs = zip(*(_blocks(path, rows, vocabulary, start, stop) for path in (reference, other)), strict=True)
-    for p, q in pairs:
-        for name, block in ((reference.name, p), (other.name, q)):
-            if np.isnan(block).any():
-                raise InputError(f"{name}: a log-probability is not a number")
-        klds.append(_kld(p, q))
+    for p, q in zip(*(table.blocks(start, stop, common) for table in tables), strict=True):
+        klds.append(_kld(p, q, floor))
         same += int((p.argmax(axis=1) == q.argmax(axis=1)).sum())
     return _summary(np.concatenate(klds), same)
 
 
-def _summary(kld: npt.NDArray[np.float64], same: int) -> Divergence:
+def _summary(kld: _Rows, same: int) -> Divergence:
     with np.errstate(invalid="ignore"):  # one infinite divergence makes the mean infinite, and its error unknown
         median, p99, p999 = np.quantile(kld, (0.5, 0.99, 0.999))
         error = float(kld.std(ddof=1)) / math.sqrt(len(kld))
@@ -73,23 +93,38 @@ def _summary(kld: npt.NDArray[np.float64], same: int) -> Divergence:
     )
 
 
-def _kld(p: npt.NDArray[np.float64], q: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def _kld(p: _Rows, q: _Rows, floor: float) -> _Rows:
     """Float64 [rows, vocabulary] each; a token that p excludes adds nothing. Rounding can leave -1e-8: 0 then."""
     with np.errstate(invalid="ignore"):
-        terms = np.where(p > -np.inf, np.exp(p) * (p - q), 0.0)
-    kld: npt.NDArray[np.float64] = np.maximum(terms.sum(axis=1), 0.0)
+        terms = np.where(p > floor, np.exp(p) * (p - q), 0.0)
+    kld: _Rows = np.maximum(terms.sum(axis=1), 0.0)
     return kld
 
 
-def _rows(path: Path, vocabulary: int) -> int:
-    rows, rest = divmod(path.stat().st_size, _VALUE_BYTES * vocabulary)
-    if rest:
-        raise InputError(f"{path.name}: {path.stat().st_size} bytes, expected rows of {vocabulary} float32")
-    return rows
+class _Table:
+    """A file's rows."""
 
+    def __init__(self, path: Path, vocabulary: int) -> None:
+        size = path.stat().st_size
+        self.rows, rest = divmod(size, _VALUE_BYTES * vocabulary)
+        if rest:
+            raise InputError(f"{path.name}: {size} bytes, expected rows of {vocabulary} float32")
+        self.path, self.vocabulary = path, vocabulary
 
-def _blocks(path: Path, rows: int, vocabulary: int, start: int, stop: int) -> Iterator[npt.NDArray[np.float64]]:
-    step = max(1, _VALUES_AT_ONCE // vocabulary)
-    table = np.memmap(path, np.float32, "r", shape=(rows, vocabulary))
-    for first in range(start, stop, step):
-        yield table[first : min(first + step, stop)].astype(np.float64)
+    def blocks(self, start: int, stop: int, common: int) -> Iterator[_Rows]:
+        """Rows `start` to `stop` over the first `common` tokens, a few at a time."""
+        step = max(1, _VALUES_AT_ONCE // common)
+        table = np.memmap(self.path, np.float32, "r", shape=(self.rows, self.vocabulary))
+        padding = 0.0
+        for first in range(start, stop, step):
+            block = table[first : min(first + step, stop)].astype(np.float64)
+            if np.isnan(block).any():
+                raise InputError(f"{self.path.name}: a log-probability is not a number")
+            beyond = np.exp(block[:, common:]).sum(axis=1)
+            padding += float(beyond.sum())
+            yield block[:, :common] - np.log1p(-beyond)[:, None]
+        if padding > _MOST_PADDING * (stop - start):
+            raise InputError(
+                f"{self.path.name}: tokens {common} to {self.vocabulary - 1}, which the other model lacks, hold "
+                f"{padding / (stop - start):.2%} of the probability, expected padding with at most {_MOST_PADDING:.1%}"
+            )

@@ -1,8 +1,8 @@
-"""Perplexity of a checkpoint, and its divergence from a reference, on all framings with one start of the engine."""
+"""Perplexity of a checkpoint or GGUF, and its divergence from a reference, with one start of the engine each."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from itertools import accumulate, pairwise
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,67 +10,68 @@ from gguf_mixed.samples import describe_text, read_texts
 from vllm_gemma4q.calibration.texts import load_tokenizer
 from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.evaluation.distributions import Divergence, compare
-from vllm_gemma4q.evaluation.engine import engine_facts, score
-from vllm_gemma4q.evaluation.perplexity import Perplexity, perplexity
-from vllm_gemma4q.evaluation.windows import Framing, Window, cut_windows
+from vllm_gemma4q.evaluation.engines.interface import Engine, Windows, all_windows, spans
+from vllm_gemma4q.evaluation.engines.logits_file import check_tokens
+from vllm_gemma4q.evaluation.engines.settings import Settings, is_gguf
+from vllm_gemma4q.evaluation.perplexity import Perplexity
+from vllm_gemma4q.evaluation.windows import Framing, chunk_windows, cut_windows
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What checkpoints are measured on.
+    """What models are measured on.
 
     Attributes:
         windows: by framing.
         texts: names and SHA-256 of the files.
         context: tokens of a window.
-        dtype: of the engine, "auto" for the checkpoint's own.
-        tensor_parallel_size: ranks.
+        settings: how they are run.
+        text: the files' content, which llama.cpp reads itself.
+        only_gguf: no checkpoint folder is among the models.
     """
 
-    windows: Mapping[Framing, Sequence[Window]]
+    windows: Windows
     texts: Sequence[Mapping[str, object]]
     context: int
-    dtype: str = "auto"
-    tensor_parallel_size: int = 1
+    settings: Settings = field(default_factory=Settings)
+    text: str = field(default="", repr=False)
+    only_gguf: bool = False
 
     @property
     def positions(self) -> int:
         """Predicted tokens of all framings."""
-        return sum(window.n_predicted for window in self._all)
+        return sum(window.n_predicted for window in all_windows(self.windows))
 
-    @property
-    def _all(self) -> list[Window]:
-        return [window for windows in self.windows.values() for window in windows]
+    def engine(self, model: Path | None = None) -> Engine:
+        """What runs a model; without one, what runs most."""
+        if is_gguf(model) if model else self.only_gguf:
+            return self.settings.for_gguf(self.text)
+        return self.settings.for_folders()
 
-    def run(self, model: Path, log: Path, distributions: Path | None = None) -> "Measured":
-        """Start the engine on a checkpoint and score everything.
+    def run(
+        self, model: Path, log: Path, distributions: Path | None = None, engine: Engine | None = None
+    ) -> "Measured":
+        """Start the engine on a model and score everything.
 
         Args:
             distributions: file for the whole vocabulary's log-probabilities.
+            engine: another than the model's.
 
         Raises:
-            InputError: the engine died, or the model's answers are not finite.
+            InputError: see `Engine.score`.
         """
-        engine = {"dtype": self.dtype, "tensor_parallel_size": self.tensor_parallel_size}
-        scores = score(model, self._all, log, distributions, **engine)
-        try:
-            found = {
-                framing: perplexity(scores.logprobs[start:stop]) for framing, (start, stop) in self._spans().items()
-            }
-        except ValueError as error:
-            raise InputError(f"{model}: {error}") from error
-        return Measured(found, distributions, scores.vocabulary, scores.seconds)
+        engine = engine or self.engine(model)
+        scores = engine.score(model, self.windows, log, distributions)
+        own = None if (facts := engine.facts()) == self.engine().facts() else facts
+        return Measured(scores.perplexity, distributions, scores.vocabulary, scores.seconds, scores.floor, own)
 
     def compare(self, reference: "Measured", other: "Measured") -> dict[Framing, Divergence]:
-        """Two measurements that recorded distributions. Raises InputError: their vocabularies differ."""
+        """Two measurements that recorded distributions. Raises InputError: see `compare`."""
         assert reference.distributions is not None and other.distributions is not None
-        if reference.vocabulary != other.vocabulary:
-            raise InputError(
-                f"vocabulary: got {other.vocabulary} tokens, expected the reference's {reference.vocabulary}"
-            )
+        files, floor = (reference.distributions, other.distributions), max(reference.floor, other.floor)
         return {
-            framing: compare(reference.distributions, other.distributions, reference.vocabulary, span)
-            for framing, span in self._spans().items()
+            framing: compare(*files, reference.vocabulary, span, other_vocabulary=other.vocabulary, floor=floor)
+            for framing, span in spans(self.windows).items()
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -79,52 +80,80 @@ class Protocol:
             "texts": list(self.texts),
             "context": self.context,
             "windows": {framing.value: len(windows) for framing, windows in self.windows.items()},
-            "dtype": self.dtype,
-            "tensor_parallel_size": self.tensor_parallel_size,
-            "engine": engine_facts(),
+            "dtype": self.settings.dtype,
+            "tensor_parallel_size": self.settings.tensor_parallel_size,
+            "engine": self.engine().facts(),
         }
-
-    def _spans(self) -> dict[Framing, tuple[int, int]]:
-        """Rows of each framing."""
-        counts = [sum(window.n_predicted for window in windows) for windows in self.windows.values()]
-        return dict(zip(self.windows, pairwise([0, *accumulate(counts)]), strict=True))
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One checkpoint: perplexity by framing; the file of its distributions where one was asked for."""
+    """One model.
+
+    Attributes:
+        perplexity: by framing.
+        distributions: their file, where one was asked for.
+        vocabulary: its width.
+        seconds: of scoring.
+        floor: see `Scores`.
+        engine: name and version, where it is not the protocol's.
+    """
 
     perplexity: Mapping[Framing, Perplexity]
     distributions: Path | None
     vocabulary: int
     seconds: float
+    floor: float = -math.inf
+    engine: Mapping[str, str] | None = None
 
     def to_json(self, divergence: Mapping[Framing, Divergence] | None = None) -> dict[str, Any]:
         """Figures, without the file."""
-        found: dict[str, Any] = {
-            "perplexity": {framing.value: asdict(value) for framing, value in self.perplexity.items()},
-            "seconds": self.seconds,
-        }
+        found: dict[str, Any] = {"perplexity": by_name(self.perplexity), "seconds": self.seconds}
+        if self.engine is not None:
+            found["engine"] = dict(self.engine)
         if divergence is not None:
-            found["divergence"] = {framing.value: asdict(value) for framing, value in divergence.items()}
+            found["divergence"] = by_name(divergence)
         return found
 
 
+def by_name(figures: "Mapping[Framing, Perplexity] | Mapping[Framing, Divergence]") -> dict[str, Any]:
+    """Figures of each framing as JSON values."""
+    return {framing.value: asdict(value) for framing, value in figures.items()}
+
+
 def load_protocol(
-    tokenizer_of: Path,
+    models: Sequence[Path],
     texts: Sequence[Path],
-    framings: Sequence[Framing],
+    framings: Sequence[Framing] | None,
     context: int,
     chunks: int | None,
-    dtype: str = "auto",
-    tensor_parallel_size: int = 1,
+    settings: Settings,
+    log: Path,
 ) -> Protocol:
-    """Cut texts with a checkpoint's tokenizer.
+    """Cut texts with the tokenizer of the first checkpoint folder among the models.
+
+    Every GGUF is asked for the tokens that it makes of the text; these are what is measured where all are GGUF.
+
+    Args:
+        framings: None for both, or with a GGUF for raw, the only one that llama.cpp knows.
+        log: receives what llama.cpp prints.
 
     Raises:
-        InputError: no tokenizer, no text, or too little of it.
+        InputError: no tokenizer, no text, too little of it, a framing that llama.cpp does not know, or a GGUF with
+            another tokenizer.
     """
-    tokenizer = load_tokenizer(tokenizer_of)
-    text = read_texts(texts)
-    windows = {framing: cut_windows(tokenizer, text, framing, context, chunks) for framing in framings}
-    return Protocol(windows, describe_text(texts), context, dtype, tensor_parallel_size)
+    files, folders = [model for model in models if is_gguf(model)], [model for model in models if not is_gguf(model)]
+    if files and Framing.CHAT in (framings or ()):
+        raise InputError(f"--framing chat: got {files[0].name}, expected raw: llama-perplexity knows no chat template")
+    framings = framings or ([Framing.RAW] if files else list(Framing))
+    text, tokenizer, windows = read_texts(texts), None, {}
+    if folders:
+        settings.for_folders()
+        tokenizer = load_tokenizer(folders[0])
+        windows = {framing: cut_windows(tokenizer, text, framing, context, chunks) for framing in framings}
+    for model in files:
+        n_windows = len(windows[Framing.RAW]) if windows else chunks
+        found = settings.for_gguf(text).tokens(model, context, n_windows, log)
+        windows = windows or {Framing.RAW: chunk_windows(found.tolist(), chunks)}
+        check_tokens(model, found, windows[Framing.RAW], tokenizer)
+    return Protocol(windows, describe_text(texts), context, settings, text, only_gguf=not folders)

@@ -1,9 +1,11 @@
-"""Run `vllm serve` on a checkpoint for as long as a measurement takes."""
+"""Run `vllm serve` on a checkpoint for as long as a measurement takes.
+
+All its processes end when the block is left, and when this process is gone, killed or not: see `gguf_mixed.tether`.
+"""
 
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -14,10 +16,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gguf_mixed.tether import spawn
 from vllm_gemma4q.errors import InputError
 
 MODEL_NAME = "model"
 READY_TIMEOUT_SECONDS = 1800
+_GRACE_SECONDS = 30
 _STARTUP = "Engine core initialization failed"  # names no reason
 # On a CPU, vLLM would reserve most of the machine's memory for the KV cache. A user's own setting wins.
 CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}
@@ -46,20 +50,19 @@ def serve(checkpoint: Path, flags: Sequence[str], log: Path) -> Iterator[Server]
     port = _free_port()
     command = ("vllm", "serve", str(checkpoint), "--port", str(port), "--served-model-name", MODEL_NAME, *flags)
     environment = {**CPU_ENVIRONMENT, **os.environ}
-    with log.open("wb") as output:
-        process = subprocess.Popen(
+    with (
+        log.open("wb") as output,
+        spawn(
             [_vllm(), *command[1:]],
+            _GRACE_SECONDS,
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env=environment,
-            start_new_session=True,
-        )
-    try:
+        ) as process,
+    ):
         _wait_until_ready(process, port, log)
         yield Server(f"http://127.0.0.1:{port}/v1", command, log)
-    finally:
-        _stop(process)
 
 
 def _vllm() -> str:
@@ -99,14 +102,3 @@ def last_error(log: Path) -> str:
     if "validation error" in found:  # pydantic's, whose reason is on the next line
         found = " ".join([found, *lines[errors[-1] + 1 : errors[-1] + 2]]).partition(" [type=")[0]
     return f"{' '.join(found.split())} (see {log})"
-
-
-def _stop(process: "subprocess.Popen[bytes]") -> None:
-    """End the server and the engine processes of its session."""
-    if process.poll() is None:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=30)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()

@@ -61,9 +61,25 @@ def cut_windows(tokenizer: Any, text: str, framing: Framing, context: int, chunk
         if len(windows) == chunks:
             break
         windows.append(window)
-    if not windows or (chunks is not None and len(windows) < chunks):
-        raise InputError(f"text: got {len(windows)} windows of {context} tokens, expected {chunks or 'at least 1'}")
+    _check_enough(len(windows), context, chunks)
     return windows
+
+
+def chunk_windows(tokens: Sequence[Sequence[int]], chunks: int | None) -> list[Window]:
+    """Raw windows of a text that is cut already, its beginning in front of the first.
+
+    Raises:
+        InputError: fewer than `chunks`.
+    """
+    context = len(tokens[0]) if tokens else 0
+    _check_enough(len(tokens), context, chunks)
+    begin = tokens[0][0]
+    return [Window([begin, *chunk[1:]], context // 2 + 1, context) for chunk in tokens]
+
+
+def _check_enough(found: int, context: int, chunks: int | None) -> None:
+    if not found or (chunks is not None and found < chunks):
+        raise InputError(f"text: got {found} windows of {context} tokens, expected {chunks or 'at least 1'}")
 
 
 def _raw_windows(tokenizer: Any, text: str, context: int) -> Iterator[Window]:

@@ -1,6 +1,6 @@
-"""Run by `engine.score` in a process of its own: start vLLM once, score windows, write arrays.
+"""Run by `engines/vllm.py` in a process of its own: start vLLM once, score windows, write arrays.
 
-    python -m vllm_gemma4q.evaluation.score_process REQUEST.json ANSWER.npz
+    python -m vllm_gemma4q.evaluation.engines.vllm_process REQUEST.json ANSWER.npz
 
 REQUEST: `engine` (arguments of `vllm.LLM`), `windows` ([tokens, first, last]), `distributions` (a file to write, null).
 ANSWER: `logprobs` float32 [predicted tokens], `vocabulary` of the distributions (0 without), `seconds` of scoring.
