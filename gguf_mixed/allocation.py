@@ -20,6 +20,7 @@ from gguf_mixed.recipes.optimal import Budget
 from gguf_mixed.sensitivity import Sensitivity
 from gguf_mixed.sidecar import header_sha256
 from gguf_mixed.solver import Constraints
+from gguf_mixed.tasks import Where, executor
 from gguf_mixed.tensors import Inventory
 
 # Ternary types are for models trained so; IQ1 and most of IQ2 quantize at 1 to 8 MB/s; the other 4-bit types lose 1.6
@@ -56,12 +57,16 @@ def default_types(bpw: float) -> tuple[GGMLQuantizationType, ...]:
 
 @dataclass(frozen=True)
 class Measuring:
-    """How an error table is measured, see `measure`. `cache` None: the user's cache folder, by the model's header."""
+    """How an error table is measured, see `measure`. `cache` None: the user's cache folder, by the model's header.
+
+    `where` workers are; where this process does it all, `threads` of it do.
+    """
 
     sampling: Sampling = field(default_factory=Sampling)
     threads: int = 1
     cache: Path | None = None
     progress: bool = False
+    where: Where = field(default_factory=Where)
 
 
 def error_table(
@@ -79,17 +84,19 @@ def error_table(
         return prior_errors(material.inventory, sensitivity, material.imatrix, types)
     cache = how.cache or _default_cache(material.inventory)
     cache.parent.mkdir(parents=True, exist_ok=True)
-    return measure(
-        material.inventory,
-        load_quantizers(material.llama_cpp),
-        sensitivity,
-        material.imatrix,
-        types,
-        how.sampling,
-        how.threads,
-        cache,
-        how.progress,
-    )
+    with executor(how.where, by_core=True) as workers:
+        return measure(
+            material.inventory,
+            load_quantizers(material.llama_cpp),
+            sensitivity,
+            material.imatrix,
+            types,
+            how.sampling,
+            how.threads,
+            cache,
+            how.progress,
+            workers,
+        )
 
 
 def check_feasible(

@@ -19,6 +19,7 @@ from gguf_mixed.commands import (
     weigh_imatrix,
 )
 from gguf_mixed.errors import InputError
+from gguf_mixed.tasks.options import with_address
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
@@ -46,8 +47,8 @@ app.command("modelfile")(modelfile.command)
 
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2; `--debug` anywhere shows the traceback."""
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    debug = len(arguments) < len(sys.argv) - 1
+    arguments = with_address([argument for argument in sys.argv[1:] if argument != "--debug"])
+    debug = "--debug" in sys.argv[1:]
     try:
         app(args=arguments, prog_name="gguf-mixed")
     except InputError as error:

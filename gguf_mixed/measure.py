@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from gemma4q_kernels.ggml import GGMLQuantizationType, row_bytes
+from gemma4q_kernels.ggml import GGMLQuantizationType
 from gemma4q_kernels.ggml.quantize import Quantizers, find_library
 from tqdm import tqdm
 
@@ -30,6 +30,7 @@ from gguf_mixed.error_table import ErrorRow, ErrorTable, check_source, usable_ty
 from gguf_mixed.errors import InputError
 from gguf_mixed.imatrix import Imatrix
 from gguf_mixed.llama_cpp import cache_folder
+from gguf_mixed.rows import chunks, read_rows, sampled_rows
 from gguf_mixed.sensitivity import Sensitivity, TensorSensitivity, rows_of_matrix
 from gguf_mixed.tasks import Attempt, Executor, Threads
 from gguf_mixed.tensors import Inventory, Tensor
@@ -42,7 +43,6 @@ N_ROWS = 64
 _ENERGY = "energy"  # beside the types: the same sum of the weights themselves
 _METHOD = 2  # raised when the same input comes to other sums, so that caches of before are not used
 _DIGESTED_BYTES = 65536
-_CHUNK_ROWS = 256
 # Types with codebooks quantize at 6 to 18 MB/s, others at 33 to 1000. They are measured on one sampled row in four, as
 # a multiple of a type that is measured on all: what differs most between rows is common to both.
 _SLOW, _SLOW_SHARE = "IQ", 4
@@ -145,39 +145,6 @@ def measure(
     return ErrorTable(row for tensor in tensors for row in found[tensor.name])
 
 
-def sampled_rows(weights: Doubles, n_rows: int, generator: np.random.Generator) -> tuple[Integers, Doubles]:
-    """Draw rows with a chance in proportion to their weight, one from each part of equal weight.
-
-    Args:
-        weights: float64 [rows], not negative.
-        n_rows: rows to draw; all are taken where there are no more.
-        generator: of the draw.
-
-    Returns:
-        int64 [m], distinct rows ascending, and float64 [m], what each counts: its draws over their expected number.
-    """
-    if len(weights) <= n_rows or not weights.sum() > 0:
-        kept = np.arange(min(len(weights), n_rows))
-        return kept, np.ones(len(kept))
-    edges = np.cumsum(weights) / weights.sum()
-    points = (np.arange(n_rows) + generator.random(n_rows)) / n_rows
-    # Rounding may leave the last edge below 1, and a point on an edge belongs to the next row of any weight.
-    drawn = np.minimum(np.searchsorted(edges, points, side="right"), np.flatnonzero(weights)[-1])
-    rows, draws = np.unique(drawn, return_counts=True)
-    return rows, draws / (n_rows * weights[rows] / weights.sum())
-
-
-def read_rows(tensor: Tensor, rows: Integers) -> Floats:
-    """float32 [len(rows), row_length]: those rows, counted over all matrices of the tensor."""
-    n_bytes = row_bytes(tensor.qtype, tensor.row_length)
-    n_rows = tensor.n_elements // tensor.row_length
-    stored = np.memmap(tensor.path, np.uint8, "r", tensor.start, (n_rows, n_bytes))
-    picked = np.ascontiguousarray(stored[rows])
-    if tensor.qtype is GGMLQuantizationType.BF16:
-        return (picked.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    return picked.view("<f2" if tensor.qtype is GGMLQuantizationType.F16 else "<f4").astype(np.float32)
-
-
 @dataclass(frozen=True)
 class _Job:
     """One tensor with everything its errors depend on."""
@@ -253,7 +220,7 @@ class _Job:
         """Over those rows, each times its factor."""
         columns = self.sensitivity.columns if self.sensitivity.columns is not None else self.weights
         found = dict.fromkeys((_ENERGY, *(qtype.name for qtype in types)), 0.0)
-        for matrix, picked in _chunks(rows, rows_of_matrix(self.tensor)):
+        for matrix, picked in chunks(rows, rows_of_matrix(self.tensor)):
             values = read_rows(self.tensor, rows[picked])
             column = np.ones(self.tensor.row_length, np.float32) if columns is None else columns[matrix]
             weights = None if self.weights is None else self.weights[matrix]
@@ -301,6 +268,9 @@ class _Missing:
 
 
 def _sums(missing: _Missing, attempt: Attempt) -> Sums:
+    tensor = missing.job.tensor
+    if not tensor.path.is_file() or tensor.path.stat().st_size < tensor.start + tensor.n_bytes:
+        raise InputError(f"{tensor.path}: not the model that it is on the machine that asks; all must share it")
     return missing.job.sums(_quantizers(missing.library, missing.sha256), missing.types, missing.sampling)
 
 
@@ -310,11 +280,3 @@ def _quantizers(library: Path, sha256: bytes) -> Quantizers:
     if not library.is_file() or hashlib.sha256(library.read_bytes()).digest() != sha256:
         raise InputError(f"{library}: not the library of that name on the machine that asks; all must have the same")
     return Quantizers(library)
-
-
-def _chunks(rows: Integers, n_rows: int) -> Iterator[tuple[int, slice]]:
-    """(matrix, slice of `rows`): ascending rows cut where the matrix changes, and to a size that fits in caches."""
-    for matrix in np.unique(rows // n_rows):
-        start, end = np.searchsorted(rows, (matrix * n_rows, (matrix + 1) * n_rows))
-        for first in range(start, end, _CHUNK_ROWS):
-            yield int(matrix), slice(first, min(first + _CHUNK_ROWS, end))

@@ -8,6 +8,7 @@ from importlib import import_module
 
 import typer
 
+from gguf_mixed.tasks.options import with_address
 from vllm_gemma4q.errors import InputError
 
 EXIT_BAD_INPUT = 2
@@ -44,8 +45,8 @@ def _commands() -> None:
 
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2; `--debug` anywhere shows the traceback."""
-    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    debug = len(arguments) < len(sys.argv) - 1
+    arguments = with_address([argument for argument in sys.argv[1:] if argument != "--debug"])
+    debug = "--debug" in sys.argv[1:]
     try:
         named = tuple(arguments[:1]) if arguments[:1] and arguments[0] in COMMANDS else COMMANDS
         application(named)(args=arguments, prog_name="gemma4q")

@@ -24,6 +24,8 @@ from gguf_mixed.recipes.optimal import Budget, optimal
 from gguf_mixed.roles import group_by_role
 from gguf_mixed.sidecar import describe, write_plan
 from gguf_mixed.sources import ROLE_PRIOR, find_sensitivity
+from gguf_mixed.tasks import Where
+from gguf_mixed.tasks import options as scale
 
 FIXED_RULE = "none: the recipe is a fixed rule"
 OPTIMAL = "optimal"
@@ -51,12 +53,16 @@ def command(
     rows: options.Rows = N_ROWS,
     seed: options.Seed = 0,
     threads: options.Threads = None,
+    workers: scale.Workers = None,
+    ray: scale.Ray = None,
     cache: options.Cache = None,
     force: options.Force = False,
     llama_cpp: Annotated[Path | None, typer.Option(metavar="DIR", help="Use the llama.cpp in here.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the sidecar on stdout.")] = False,
 ) -> None:
     """Choose a type for every tensor; write the table for llama-quantize, and FILE.json saying where it comes from."""
+    if ray is not None:  # other machines have another working directory
+        model = model.absolute()
     material = Material.read(model, imatrix, llama_cpp)
     inventory = material.inventory
     if output.exists() and any(output.samefile(header.path) for header in inventory.headers):
@@ -73,7 +79,8 @@ def command(
             print(f"note: sensitivity is {source.source}, not measured on this model", file=sys.stderr)
         if inventory.header_only:
             print("note: errors of types are a prior: the file holds no weights, only a header", file=sys.stderr)
-        how = Measuring(Sampling(rows, seed), threads or os.cpu_count() or 1, cache, sys.stderr.isatty())
+        here = threads or os.cpu_count() or 1
+        how = Measuring(Sampling(rows, seed), here, cache, sys.stderr.isatty(), Where(workers, ray))
         table = error_table(material, source, choices, how)
         choice, described = optimal(material, table, budget, constraints), source.source
         divergence = sum(choice.errors.values()) if source.measured and not inventory.header_only else None

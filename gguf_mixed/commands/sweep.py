@@ -28,6 +28,8 @@ from gguf_mixed.sweep import Evaluation, pending_tiers, plan_tiers, run_tiers
 from gguf_mixed.sweep_plot import plot, require_matplotlib
 from gguf_mixed.sweep_results import open_results
 from gguf_mixed.sweep_tiers import DEFAULT_BPW, DEFAULT_MIXES, Planner, parse_tiers
+from gguf_mixed.tasks import Where
+from gguf_mixed.tasks import options as scale
 
 PLOT_NAME = "plot.png"
 
@@ -66,6 +68,8 @@ def command(
     rows: options.Rows = N_ROWS,
     seed: options.Seed = 0,
     threads: options.Threads = None,
+    workers: scale.Workers = None,
+    ray: scale.Ray = None,
     cache: options.Cache = None,
     force: options.Force = False,
     llama_cpp: comparing.LlamaCpp = None,
@@ -77,6 +81,8 @@ def command(
     if keep and text is None:
         raise InputError("--keep: files are written to be measured: --text FILE")
     chosen = parse_tiers(tiers, bpw)
+    if ray is not None:  # other machines have another working directory
+        model = model.absolute()
     material = Material.read(model, imatrix, llama_cpp)
     if text is not None and material.inventory.header_only:
         raise InputError(f"{model.name}: holds no weights, only a header: nothing to measure, so no --text")
@@ -111,7 +117,8 @@ def command(
             _say(f"note: sensitivity is {source.source}, not measured on this model: no divergence is predicted")
         if material.inventory.header_only:
             _say("note: errors of types are a prior: the file holds no weights, only a header")
-        how = Measuring(Sampling(rows, seed), threads or os.cpu_count() or 1, cache, sys.stderr.isatty())
+        here = threads or os.cpu_count() or 1
+        how = Measuring(Sampling(rows, seed), here, cache, sys.stderr.isatty(), Where(workers, ray))
         table = error_table(material, source, [*allowed, *constraints.pins.values()], how)
         errors = describe_errors(material.inventory, how.sampling)
         planned = plan_tiers(Planner(material, source, table, errors, constraints), pending, results)

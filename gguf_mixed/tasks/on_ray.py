@@ -49,12 +49,11 @@ class OnRay:
             import ray
         except ImportError as error:
             raise InputError("--ray: Ray is not installed: pip install 'vllm-gemma4q[ray]'") from error
+        logging.getLogger("ray").setLevel(logging.CRITICAL)
         if self._address not in (AUTO, LOCAL):
             _require_answer(self._address)
-        address = {AUTO: None}.get(self._address, self._address)
-        settings: dict[str, Any] = {"include_dashboard": False} if address in (None, LOCAL) else {}
         try:
-            ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL, configure_logging=False, **settings)
+            self._connect(ray)
         except Exception as error:
             # Of many kinds, as Ray's own documentation has it, and of many lines.
             raise InputError(f"--ray {self._address}: cannot be used: {' '.join(str(error).split())[:300]}") from error
@@ -64,6 +63,17 @@ class OnRay:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self._ray.shutdown()
+
+    def _connect(self, ray: Any) -> None:
+        settings: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+        if self._address != LOCAL:
+            try:
+                ray.init(self._address, **settings)
+                return
+            except ConnectionError:
+                if self._address != AUTO:
+                    raise
+        ray.init(LOCAL, include_dashboard=False, **settings)
 
     def run(
         self, function: Callable[[Task, Attempt], Result], tasks: Iterable[Task], progress: Progress

@@ -1,10 +1,11 @@
 """Tasks in processes of this machine, each with its share of the cores.
 
 Workers are new Pythons, not forks: a fork of a process whose libraries have threads may wait for ever for locks that
-threads of the parent held. Nor do they import the program's main file again. They are in a session of their own, so that
-Ctrl-C at the terminal is the caller's alone to deal with, and end when the caller does, by the pipe between them.
+threads of the parent held. Nor do they import the program's main file again. They are in a session of their own, so
+that Ctrl-C at the terminal is the caller's alone to deal with, and end when the caller does, by the pipe between them.
 """
 
+import contextlib
 import os
 import pickle
 import signal
@@ -96,10 +97,10 @@ class Processes:
         worker = self._idle.pop() if self._idle else self._start()
         worker.place, worker.task = place, task
         self._busy[worker.pipe] = worker
-        try:
-            worker.pipe.send_bytes(pickle.dumps((function, task), pickle.HIGHEST_PROTOCOL))
-        except OSError:
-            pass  # it has died while it had nothing to do: its pipe says so, and the task goes to another
+        message = pickle.dumps((function, task), pickle.HIGHEST_PROTOCOL)
+        # It may have died while it had nothing to do: its pipe says so, and the task goes to another.
+        with contextlib.suppress(OSError):
+            worker.pipe.send_bytes(message)
 
     def _start(self) -> "_Worker":
         taken = {worker.number for worker in self._busy.values()}
@@ -119,7 +120,10 @@ class Processes:
 
     def _environment(self, number: int) -> dict[str, str]:
         share = max(1, cores() // self._count)
-        return {THREADS: str(share), **({_DEVICES: self._devices[number % len(self._devices)]} if self._devices else {})}
+        return {
+            THREADS: str(share),
+            **({_DEVICES: self._devices[number % len(self._devices)]} if self._devices else {}),
+        }
 
     def _bury(self, worker: "_Worker") -> str:
         """Take a dead worker away; how it died."""

@@ -13,7 +13,8 @@ from tolerances import SAMPLED_ERROR_MEAN, SAMPLED_ERROR_RMS, SLOW_TYPE_ERROR, W
 from gguf_mixed.error_cache import ErrorCache
 from gguf_mixed.errors import InputError
 from gguf_mixed.imatrix import Imatrix, ImatrixEntry
-from gguf_mixed.measure import Sampling, load_quantizers, measure, read_rows, sampled_rows
+from gguf_mixed.measure import Sampling, load_quantizers, measure
+from gguf_mixed.rows import read_rows, sampled_rows
 from gguf_mixed.sensitivity import Anchor, Sensitivity, TensorSensitivity, role_prior, uniform
 from gguf_mixed.tensors import read_inventory
 

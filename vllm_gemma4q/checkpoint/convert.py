@@ -129,9 +129,7 @@ def convert(
         if workers is None:
             source_hashes = rewrite(shards, run, progress, conversion.source.shards)
         else:
-            source_hashes = rewrite_by_tasks(
-                workers, shards, run, progress, conversion.source.shards, conversion.reads
-            )
+            source_hashes = rewrite_by_tasks(workers, shards, run, progress, conversion.source.shards, conversion.reads)
         if verify is not None:
             verify([target / shard.name for shard in shards])
         for path in conversion.sidecars:
