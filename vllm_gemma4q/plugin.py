@@ -5,6 +5,8 @@ Importing this module imports no engine. vLLM calls each function in every proce
 
 import logging
 
+from vllm_gemma4q.compat import warn_if_untested
+
 _ARCHITECTURE = "Gemma4ForCausalLM"
 _UPSTREAM_MODULE = "vllm.model_executor.models.gemma4"
 _MODEL_MODULE = "vllm_gemma4q.model"
@@ -52,6 +54,7 @@ def register_pruned_moe() -> None:
 
 def _register_model(needed_by: str) -> None:
     """Put our model, one for all methods, in the place of vLLM's; another plugin's is left there."""
+    warn_if_untested()
     from vllm.model_executor.models import ModelRegistry
 
     registered = getattr(ModelRegistry.models.get(_ARCHITECTURE), "module_name", None)

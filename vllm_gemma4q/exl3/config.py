@@ -16,6 +16,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.platforms import current_platform
 
 from vllm_gemma4q.architecture import parse_text_architecture
+from vllm_gemma4q.compat import checkpoint_module
 from vllm_gemma4q.exl3 import storage
 from vllm_gemma4q.exl3.facts import LM_HEAD, Facts, read_facts
 from vllm_gemma4q.exl3.mend import mend
@@ -90,12 +91,14 @@ class Exl3Config(QuantizationConfig):
         from vllm_gemma4q.exl3.moe import Exl3MoEMethod
 
         facts = self._facts()
+        if isinstance(layer, RoutedExperts | LinearBase):
+            module = checkpoint_module(prefix, facts.modules, facts.unquantized)
         if isinstance(layer, RoutedExperts):
-            if facts.is_packed(prefix):
-                return Exl3MoEMethod(layer.moe_config, facts.experts(prefix))
+            if facts.is_packed(module):
+                return Exl3MoEMethod(layer.moe_config, facts.experts(module))
             return UnquantizedFusedMoEMethod(layer.moe_config)
         if isinstance(layer, LinearBase):
-            return Exl3LinearMethod(facts.shards(prefix)) if facts.is_packed(prefix) else UnquantizedLinearMethod()
+            return Exl3LinearMethod(facts.shards(module)) if facts.is_packed(module) else UnquantizedLinearMethod()
         if isinstance(layer, ParallelLMHead) and (head := facts.linears.get(LM_HEAD)):
             return Exl3LMHeadMethod([head])
         return None

@@ -17,11 +17,11 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.platforms import current_platform
 
 from vllm_gemma4q.architecture import parse_text_architecture
+from vllm_gemma4q.compat import checkpoint_module, has_checkpoint_mapper
 from vllm_gemma4q.fp8_static.facts import Facts, disagreements, read_facts
 from vllm_gemma4q.fp8_static.ignore import IgnoreList
 from vllm_gemma4q.fp8_static.mend import mend
 from vllm_gemma4q.fp8_static.scheme import METHOD_NAME, claims, ignored_names
-from vllm_gemma4q.module_headers import relative_name
 from vllm_gemma4q.quark_int8.headers import find_headers
 
 if TYPE_CHECKING:
@@ -94,8 +94,11 @@ class Fp8StaticConfig(QuantizationConfig):
             )
 
     def is_fp8(self, prefix: str) -> bool:
-        """Whether the linear or experts that the engine calls `prefix` are FP8 in the checkpoint."""
-        return self._facts().is_fp8(prefix)
+        """Whether the linear or experts that the engine calls `prefix` are FP8. Raises InputError: there are none."""
+        return self._facts().is_fp8(self._module(prefix))
+
+    def _module(self, prefix: str) -> str:
+        return checkpoint_module(prefix, self._facts().fp8, self._facts().unquantized)
 
     def _facts(self) -> Facts:
         if self.facts is None:
@@ -108,9 +111,16 @@ class Fp8StaticConfig(QuantizationConfig):
 
     def get_checkpoint_weight_mapper(self) -> "WeightsMapper":
         """vLLM's, without leftover scales: those of towers never pass through the language model's mender."""
+        return self._without_leftovers(super().get_checkpoint_weight_mapper())
+
+    def get_cache_scale_mapper(self) -> "WeightsMapper":
+        """vLLM's; where it asks for no other, also without leftover scales."""
+        mapper: WeightsMapper = super().get_cache_scale_mapper()
+        return mapper if has_checkpoint_mapper(QuantizationConfig) else self._without_leftovers(mapper)
+
+    def _without_leftovers(self, mapper: "WeightsMapper") -> "WeightsMapper":
         from vllm.model_executor.models.utils import WeightsMapper
 
-        mapper: WeightsMapper = super().get_checkpoint_weight_mapper()
         towers = [name for name in sorted(self._facts().leftovers) if ".layers." not in name or "_tower." in name]
         if not towers:
             return mapper
@@ -129,7 +139,7 @@ class Fp8StaticConfig(QuantizationConfig):
 
             if not self.is_fp8(prefix):
                 return UnquantizedFusedMoEMethod(layer.moe_config)
-            return fp8_experts_method(layer, relative_name(prefix) in self._facts().channel_experts)
+            return fp8_experts_method(layer, self._module(prefix) in self._facts().channel_experts)
         if isinstance(layer, LinearBase):
             from vllm_gemma4q.fp8_static.linear import fp8_linear_method
 

@@ -17,9 +17,10 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8MoEMethod
 from vllm.model_executor.layers.quantization.utils.fp8_utils import process_fp8_input_tensor_strategy_moe
 from vllm.model_executor.layers.quantization.utils.w8a8_utils import normalize_e4m3fn_to_e4m3fnuz
-from vllm.model_executor.utils import is_weights_pre_processed, replace_parameter
+from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
+from vllm_gemma4q.compat import weights_are_prepared
 from vllm_gemma4q.fp8_static.linear import check_scales, engine_has_kernels
 from vllm_gemma4q.moe_method import OwnMoEMethod
 
@@ -43,7 +44,7 @@ def fp8_experts_method(layer: RoutedExperts, by_channel: bool) -> FusedMoEMethod
             "FP8 experts: got one weight scale a row with static inputs, expected one a weight: "
             "vLLM has no kernel for them on this platform"
         )
-    return FoldedFp8MoEMethod(Fp8Config(activation_scheme="static"), layer)
+    return FoldedFp8MoEMethod(Fp8Config(is_checkpoint_fp8_serialized=True, activation_scheme="static"), layer)
 
 
 def fold_up_scale(
@@ -69,7 +70,7 @@ class FoldedFp8MoEMethod(Fp8MoEMethod):
     """vLLM's method, without its second rounding of gate and up."""
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
-        if is_weights_pre_processed():  # already folded by another process: only the kernel is missing
+        if weights_are_prepared():  # already folded by another process: only the kernel is missing
             super().process_weights_after_loading(layer)
             return
         for name in _SCALES:

@@ -15,6 +15,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.platforms import current_platform
 
 from vllm_gemma4q.architecture import parse_text_architecture
+from vllm_gemma4q.compat import checkpoint_module
 from vllm_gemma4q.module_headers import relative_name
 from vllm_gemma4q.quark_int8 import lm_head
 from vllm_gemma4q.quark_int8.facts import Facts, disagreements, read_facts
@@ -69,10 +70,10 @@ class QuarkInt8Config(QuantizationConfig):
             )
 
     def is_int8(self, prefix: str) -> bool:
-        """Whether the linear or experts that the engine calls `prefix` are int8 in the checkpoint."""
+        """Whether the linear or experts that the engine calls `prefix` are int8. Raises InputError: there are none."""
         if self.facts is None:
             raise RuntimeError("the checkpoint's headers were not read: maybe_update_config did not run")
-        return self.facts.is_int8(prefix)
+        return self.facts.is_int8(checkpoint_module(prefix, self.facts.int8, self.facts.unquantized))
 
     def weight_mender(self) -> "Mender | None":
         """What the model streams its tensors through (see `vllm_gemma4q.model`)."""
