@@ -123,6 +123,8 @@ class OnRay:
         try:
             outcome: Outcome = self._ray.get(reference)
             return outcome
+        except self._ray.exceptions.RayTaskError as error:
+            raise TaskLost(f"{task}: no worker can carry it out: {_last_line(error)}") from error
         except self._ray.exceptions.RayError as error:
             raise TaskLost(f"{task}: {ATTEMPTS} workers died over it, the last: {_last_line(error)}") from error
 

@@ -127,7 +127,7 @@ def test_the_caller_is_killed_half_way(folder, alone, tmp_path):
     """Workers end with it; one process goes on where they stopped."""
     target = tmp_path / "target"
     caller = subprocess.Popen(
-        [sys.executable, SCRIPT, "exl3", folder, target, "2"], stdout=subprocess.PIPE, text=True, bufsize=1
+        [sys.executable, SCRIPT, "quark-int8", folder, target, "2"], stdout=subprocess.PIPE, text=True, bufsize=1
     )
     wait_until(lambda: any(target.glob("*.safetensors")))
     caller.kill()
@@ -135,8 +135,8 @@ def test_the_caller_is_killed_half_way(folder, alone, tmp_path):
     assert len(workers) == 2
     wait_until(lambda: not any(map(is_alive, workers)), seconds=20)
     assert (target / JOURNAL).exists() and not (target / "config.json").exists()
-    run("exl3", folder, target, None)
-    assert content(target) == alone["exl3"]
+    run("quark-int8", folder, target, None)
+    assert content(target) == alone["quark-int8"]
 
 
 @pytest.mark.slow
