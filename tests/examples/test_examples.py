@@ -26,6 +26,7 @@ FOUR_CARDS, ONE_CARD, ANY_CARD = "serve_int8_4x24gb_rdna3.sh", "serve_int8_1x48g
 HOPPER = "serve_fp8_hopper.sh"
 PRUNED = ("prune_and_serve_int8.sh", "prune_to_gguf.sh")  # of which test_prune_examples.py tells more
 EXL3 = "quantize_exl3_and_serve.sh"  # of which tests/exl3/test_exl3_example.py tells more
+COMPARE = "compare.sh"  # of which tests/compare/test_compare_measured.py tells more
 MODEL = "a folder/with spaces"
 RECORDER = '#!/bin/sh\nprintf "%s\\0" "$@" > "$RECORD"\n'
 PARSER = """
@@ -93,7 +94,7 @@ def test_missing_checkpoint_is_a_usage_error(script: Path, tmp_path: Path) -> No
 
 
 def test_there_are_scripts() -> None:
-    assert {script.name for script in SCRIPTS} == {FOUR_CARDS, ONE_CARD, ANY_CARD, HOPPER, *PRUNED, EXL3}
+    assert {script.name for script in SCRIPTS} == {FOUR_CARDS, ONE_CARD, ANY_CARD, HOPPER, *PRUNED, EXL3, COMPARE}
 
 
 def test_quantizes_what_is_not_a_checkpoint_into_an_error(tmp_path: Path) -> None:

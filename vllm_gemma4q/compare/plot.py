@@ -2,10 +2,9 @@
 
 Points are models, coloured by scheme, with one standard error; hollow where another engine ran them than the rest.
 Lines are the original's perplexity and the noise floor, its divergence from itself. Not drawn: a
-divergence of nothing or without end, for which a logarithmic axis has no place.
+divergence of nothing, for which a logarithmic axis has no place.
 """
 
-import math
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -157,7 +156,7 @@ def _kinds(group: TextGroup, models: Sequence[Model]) -> list[_Kind]:
 def _shown(kind: _Kind, group: TextGroup, model: Model) -> tuple[float, float] | None:
     """A model's figure and its standard error, where it is a point."""
     found = None if group.is_reference(model) else kind.value(group.of(model))
-    if found is None or not math.isfinite(found[0]) or (kind.is_logarithmic and found[0] <= 0):
+    if found is None or (kind.is_logarithmic and found[0] <= 0):
         return None
     return found
 
