@@ -206,3 +206,18 @@ EXL3_SERVED_BF16 = 0.3
 # What `gemma4q doctor` calls right and wrong, in real engines: mean KLD in nats of one text from the checkpoint that it
 # was made from. Right ones stay below, silently wrong ones above.
 DOCTOR_RIGHT = 0.1
+
+# `gemma4q report`: relative squared errors of weights dequantized in float32 against float64, relative. Measured: 3e-7;
+# with a scale times 1.1 an error becomes a hundred times as large.
+REPORTED_ERROR = 1e-5
+
+# Log-probabilities of the small models by `evaluation.engines.transformers` against the whole model, float32, greatest
+# difference in nats. Measured: @; with logits times 1.1: more than 0.1.
+ENGINE_ROWS = 1e-4
+# Mean KLD in nats of the small dense model in BF16 from itself in float32, by transformers: between. Measured: 0.0003.
+NOISE_FLOOR = (1e-4, 1e-3)
+# The same in float32 by vLLM and by transformers, dense and MoE. Measured: 4e-8; with logits times 1.1: 0.01.
+ENGINES_IN_FLOAT32 = 1e-6
+# Figures of `gemma4q evaluate` over those that llama-perplexity prints of the same files, less 1. Measured: @; with
+# the other's log-probabilities times 1.1: @.
+LLAMA_CPP_PARITY = 5e-3

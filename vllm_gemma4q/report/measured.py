@@ -191,7 +191,9 @@ def _check_experts(subject: Subject, base: Checkpoint) -> None:
                     for architecture in (subject.architecture, parse_text_architecture(base.config)))  # fmt: skip
     for layer, (got, expected) in enumerate(zip(theirs, ours, strict=False)):
         if got != expected:
-            raise InputError(f"--base: layer {layer}: got {got} experts, expected {expected}: it is another model")
+            raise InputError(
+                f"--base: layer {layer}: got {got or 'no'} experts, expected {expected or 'none'}: it is another model"
+            )
 
 
 def _check_shape(module: str, shape: tuple[int, int], base: Linear) -> None:
