@@ -3,7 +3,7 @@
 import pickle
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 from uuid import uuid4
@@ -41,7 +41,7 @@ class Executor(Protocol):
 
     def run(
         self, function: Callable[[Task, Attempt], Result], tasks: Iterable[Task], progress: Progress
-    ) -> Iterator[tuple[int, Result]]:
+    ) -> Generator[tuple[int, Result], None, None]:
         """Yield each task's place among the tasks and its result, as they come.
 
         Args:

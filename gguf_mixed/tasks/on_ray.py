@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from types import TracebackType
 from typing import Any, Self
 
@@ -57,7 +57,7 @@ class OnRay:
         except Exception as error:
             # Of many kinds, as Ray's own documentation has it, and of many lines.
             raise InputError(f"--ray {self._address}: cannot be used: {' '.join(str(error).split())[:300]}") from error
-        self._ray = ray
+        self._ray: Any = ray
         self._here = ray.get_runtime_context().get_node_id()
         return self
 
@@ -77,7 +77,7 @@ class OnRay:
 
     def run(
         self, function: Callable[[Task, Attempt], Result], tasks: Iterable[Task], progress: Progress
-    ) -> Iterator[tuple[int, Result]]:
+    ) -> Generator[tuple[int, Result], None, None]:
         ray, ledger, coming = self._ray, Ledger(progress), enumerate(tasks)
         counter = ray.remote(num_cpus=0, scheduling_strategy=self._on(self._here))(_Counter).remote()
         needed = self._needed()

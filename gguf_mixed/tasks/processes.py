@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -47,7 +47,7 @@ class Processes:
 
     def run(
         self, function: Callable[[Task, Attempt], Result], tasks: Iterable[Task], progress: Progress
-    ) -> Iterator[tuple[int, Result]]:
+    ) -> Generator[tuple[int, Result], None, None]:
         coming = enumerate(tasks)
         again: deque[tuple[int, Any]] = deque()
         deaths: Counter[int] = Counter()

@@ -1,7 +1,7 @@
 """Tasks in threads of this process: for functions that leave Python's lock, as calls of compiled libraries do."""
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from uuid import uuid4
 
@@ -18,7 +18,7 @@ class Threads:
 
     def run(
         self, function: Callable[[Task, Attempt], Result], tasks: Iterable[Task], progress: Progress
-    ) -> Iterator[tuple[int, Result]]:
+    ) -> Generator[tuple[int, Result], None, None]:
         waiting: deque[tuple[int, Future[Result]]] = deque()
         pool = ThreadPoolExecutor(self._count)
         try:

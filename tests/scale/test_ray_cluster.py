@@ -24,7 +24,7 @@ from vllm_gemma4q.checkpoint.convert import convert
 from vllm_gemma4q.checkpoint.run import WriteError
 
 sys.path.append(str(Path(__file__).parents[1] / "gguf"))
-from gguf_files import small_moe, write_gguf  # noqa: E402
+from gguf_files import small_moe, write_gguf
 
 GEMMA4Q = Path(sys.executable).with_name("gemma4q")
 
@@ -157,9 +157,9 @@ def test_no_such_cluster(address, message):
 
 def test_ray_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(InputError, match=r"^--ray: Ray is not installed: pip install 'vllm-gemma4q\[ray\]'$"):
-        with OnRay("auto", 1):
-            pass
+    with pytest.raises(InputError) as raised, OnRay("auto", 1):
+        pass
+    assert str(raised.value) == "--ray: Ray is not installed: pip install 'vllm-gemma4q[ray]'"
 
 
 def test_an_address_may_be_left_out():

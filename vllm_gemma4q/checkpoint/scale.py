@@ -47,16 +47,16 @@ def rewrite_by_tasks(
     progress(sum(shard.source_bytes for shard in shards if shard.name in run.finished))
     tasks: list[_Write | _Hash] = [_Write(run.target, shard) for shard in left]
     # Last, since they are short: what is started last should be, for all workers to end together.
-    tasks += map(_Hash, sorted(hashed))
+    sources = sorted(hashed)
+    tasks += map(_Hash, sources)
     hashes: dict[Path, str] = {}
     with contextlib.closing(workers.run(_carry_out, tasks, progress)) as results:
         for place, result in results:
-            task = tasks[place]
-            if isinstance(task, _Hash):
-                hashes[task.path] = result
-            else:
+            if isinstance(result, _Written):
                 run.publish(result.file, result.attempt)
                 run.record(result.file.name, result.notes)
+            else:
+                hashes[sources[place - len(left)]] = result
     return hashes
 
 
