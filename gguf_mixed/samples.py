@@ -46,7 +46,10 @@ def cut_samples(tokenizer: Any, text: str, n_samples: int, length: int, raw: boo
         raise InputError(f"length: got {length} tokens, of which {room} are left for text, expected {_FEWEST_TOKENS}")
     ids = tokenizer.encode(text, add_special_tokens=False)
     if len(ids) < n_samples * room:
-        raise InputError(f"text: got {len(ids):,} tokens, expected {n_samples * room:,} for {n_samples} x {length}")
+        raise InputError(
+            f"text: got {len(ids):,} tokens, expected {n_samples * room:,} for {n_samples} samples of {length}: "
+            "more text, or fewer or shorter samples"
+        )
     starts = np.linspace(0, len(ids) - room, n_samples).astype(int)
     pieces = [ids[start : start + room] for start in starts]
     if framed:

@@ -84,7 +84,7 @@ def test_no_progress_where_nobody_watches(text, tmp_path):
     ("content", "message"),
     [
         ("", "words.txt: holds no text"),
-        ("A few words.", "words.txt: text: got .* tokens, expected .* for 4 x 80"),
+        ("A few words.", "words.txt: text: got .* tokens, expected .* for 4 samples of 80"),
         (b"\xff\xfe\x00", "words.txt: cannot be read as text"),
     ],
 )

@@ -169,7 +169,7 @@ def test_samples_are_spread_over_the_text_and_framed():
 
 
 def test_texts_that_cannot_be_cut(tmp_path):
-    with pytest.raises(InputError, match=r"text: got 50 tokens, expected 297 for 3 x 100"):
+    with pytest.raises(InputError, match=r"text: got 50 tokens, expected 297 for 3 samples of 100"):
         cut_samples(LetterTokenizer(), "x" * 50, 3, 100)
     with pytest.raises(InputError, match="length: got 8 tokens"):
         cut_samples(LetterTokenizer(), "x" * 50, 3, 8)

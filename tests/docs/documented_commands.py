@@ -1,0 +1,97 @@
+"""The command lines that README and docs print, in the order of reading, and what stands in for a reader's own files.
+
+A line is run as it is printed but for `ON_A_SMALL_MODEL`: sizes and counts that only a large model has.
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from restore.damage import load, store
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ROOT / "examples" / "small_gemma4"
+PAGES = [
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("quantize", "prune", "gguf", "measure", "serve")),
+]
+# In the place of "gemma-4-31B": which has 60 layers and 30.7 billion weights, and the mixture 128 experts a layer.
+ON_A_SMALL_MODEL = {
+    "--size 14GiB": "--bpw 4.5",
+    "--size 13GiB": "--bpw 4",
+    "statistics.safetensors --text": "statistics.safetensors --samples 12 --max-length 256 --text",
+    "hessians.safetensors --text": "hessians.safetensors --samples 12 --max-length 256 --text",
+    "--keep 98": "--keep 12",
+    "-tp 4 --vram 24GiB": "-tp 2 --vram 24GiB",
+    "doctor gemma-4-31B-int8 -tp 4": "doctor gemma-4-31B-int8 -tp 2",
+}
+LENGTH = 30_000  # characters of a text
+# What another test or nothing here can run, and why.
+NOT_RUN = {
+    r"make \w+": "what CI and a newcomer run from a clean clone",
+    r"pip install \.": "tests/packaging installs what is built",
+    r"gemma4q tune": "needs a GPU",
+    r"GEMMA4Q_TILES=tiles vllm serve": "needs what tune wrote",
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One documented command line."""
+
+    page: str
+    text: str
+
+    @property
+    def on_small_model(self) -> str:
+        """As it is run."""
+        text = self.text
+        for documented, small in ON_A_SMALL_MODEL.items():
+            text = text.replace(documented, small)
+        return text
+
+
+def documented_lines() -> list[Line]:
+    """Every line of every block without a language, comments cut off, each once."""
+    found: dict[str, Line] = {}
+    for page in PAGES:
+        for block in re.findall(r"^```\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+            for line in block.splitlines():
+                text = re.sub(r"\s+# .*", "", line).strip()
+                if text and not any(re.match(pattern, text) for pattern in NOT_RUN):
+                    found.setdefault(text, Line(page.stem, text))
+    return list(found.values())
+
+
+def prepare(folder: Path, text: str, convert: Callable[[str], Path]) -> None:
+    """What a reader brings: two models, one of them as GGUF too, texts, questions, and a checkpoint to be mended.
+
+    Args:
+        text: English, some thousand tokens.
+        convert: `dense` or `moe` to a GGUF file.
+    """
+    shutil.copytree(SMALL / "dense", folder / "gemma-4-31B-it")
+    shutil.copytree(SMALL / "moe", folder / "gemma-4-26B-A4B-it")
+    (folder / "gemma-4-31B.gguf").symlink_to(convert("dense"))
+    for number, name in enumerate(("calibration", "held-out", "code", "math", "chat")):
+        (folder / f"{name}.txt").write_text(text[number * LENGTH : (number + 1) * LENGTH])
+    for split, numbers in (("test", range(3)), ("train", range(3, 11))):
+        lines = [
+            json.dumps({"question": f"What is {n} + {n}?", "answer": f"{n} + {n} = {2 * n}\n#### {2 * n}"})
+            for n in numbers
+        ]
+        (folder / f"gsm8k_{split}.jsonl").write_text("\n".join(lines))
+
+
+def damage(folder: Path) -> None:
+    """Somebody's FP8: ours, with scales that belong to nothing."""
+    target = folder / "somebodys-fp8"
+    if not target.exists():
+        shutil.copytree(folder / "gemma-4-31B-fp8", target)
+        tensors = load(target)
+        tensors["model.vision_tower.stray.weight_scale"] = torch.ones(())
+        store(target, tensors)
