@@ -13,18 +13,14 @@ def test_a_picture_beside_others(run, base, int8, gguf, tmp_path):
     result = text_results(tmp_path / "kld.json", [int8, gguf], base)
     card = tmp_path / "README.md"
     given = ["card", int8, "--beside", base, "--beside", gguf, "--result", result, "-o", card]
-    code, out, err = run(*given)
-    assert (code, out, err) == (0, f"Wrote {card} and {tmp_path / 'README.png'}.\n", "")
+    code, out, err = run(*given, "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == {"card": str(card), "picture": str(tmp_path / "README.png"), "results": 1}
     text = card.read_text()
     assert "Beside small, small-Q8_0.gguf, on the same text:\n\n![Divergence and perplexity" in text
     assert "](README.png)" in text and str(tmp_path) not in text
     picture = (tmp_path / "README.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
-    assert json.loads(run(*given, "--json")[1]) == {
-        "card": str(card),
-        "picture": str(tmp_path / "README.png"),
-        "results": 1,
-    }
     (tmp_path / "README.png").write_bytes(b"mine")
     card.unlink()
     code, _, err = run(*given)

@@ -46,7 +46,7 @@ def curve(count, seed=0):
 
 
 @pytest.mark.parametrize("count", [1, 2, 12])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_labels_neither_overlap_nor_hide_points_nor_leave_the_axes(count, seed):
     labels = curve(count, seed)
     axes, boxes = labelled(labels, lines=[labels[0].y])
@@ -83,10 +83,9 @@ def test_labels_leave_out_what_all_share(names, short):
 
 
 @pytest.fixture
-def twelve(base, tmp_path):
+def ggufs(tmp_path):
     text = small_config(sliding_window=64, max_position_embeddings=8192)["text_config"]
-    kinds = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16", "BF16", "F32", "TQ1_0", "TQ2_0")
-    return [write_gguf(tmp_path / f"small-{kind}.gguf", {**text, "hidden_size": 256}, kind) for kind in kinds]
+    return [write_gguf(tmp_path / f"small-{kind}.gguf", text, kind) for kind in ("F16", "Q8_0", "Q4_0")]
 
 
 def pixels(path):
@@ -103,20 +102,15 @@ def test_a_picture_of_two_groups(run, base, int8, gguf, tmp_path):
     assert (code, err) == (0, "") and out.endswith(f"Plot: {path}\n")
     (height, width), colours = pixels(path)
     assert (width, height) == (1500, round(120 * (2 * (0.7 + 2 * 3.9) + 0.7))) and colours > 20
-    alone = text_results(tmp_path / "ppl.json", [int8])
-    assert run("compare", base, int8, "--result", alone, "--plot", path)[0] == 0
-    assert pixels(path)[0] == (round(120 * (0.7 + 3.9 + 0.7)), 1500)  # no divergence, no axes for it
 
 
-def test_a_picture_of_many(twelve, tmp_path):
-    result = text_results(tmp_path / "r.json", twelve[1:], twelve[0])
-    found = compare(twelve, [result], None)
+def test_what_is_a_point_and_what_a_line(ggufs, tmp_path):
+    result = text_results(tmp_path / "r.json", ggufs[1:], ggufs[0])
+    found = compare(ggufs, [result], None)
     [group] = found.drawable()
     assert found.shown_in([group]) == list(found.models)
     assert found.drawable_beside(found.models[0]) == []  # the original is a line
     assert found.drawable_beside(found.models[1]) == [group]
-    found.plot([group], tmp_path / "many.png")
-    assert pixels(tmp_path / "many.png")[1] > 20
 
 
 def test_nothing_measured_is_no_picture(run, base, int8, tmp_path):
