@@ -29,7 +29,12 @@ from report.report_models import (
 from safetensors.torch import load_file
 from vllm_plugin.checkpoints import load
 
+from vllm_gemma4q.calibration.identity import model_identity
+from vllm_gemma4q.checkpoint import open_checkpoint
 from vllm_gemma4q.cli import main
+from vllm_gemma4q.evaluation.gsm8k.answers import Reply
+from vllm_gemma4q.evaluation.gsm8k.report import report as gsm8k_report
+from vllm_gemma4q.evaluation.gsm8k.results import Results
 from vllm_gemma4q.report.facts import MEASURED, NOTED, collect
 from vllm_gemma4q.report.parts import Column
 from vllm_gemma4q.report.render import render
@@ -249,3 +254,25 @@ def test_scales():
     close = spread_scale([1.0, 1.2], ["a", "b"], least_factor=10)
     assert close.step(1.2) == 0, "small differences are no alarm"
     assert spread_scale([5.0], ["a"]).labels == ["a"] and spread_scale([], []).used == []
+
+
+def test_quality_is_what_result_files_say(int8, tmp_path):
+    """Figures with their intervals; columns that nothing was measured for are left out."""
+    model = model_identity(open_checkpoint(int8))
+    protocol = {"texts": [{"name": HOSTILE}], "context": 512, "windows": {"raw": 3},
+                "engine": {"name": "vllm", "version": "0.32.0"}}  # fmt: skip
+    found = {"model": model, "perplexity": {"raw": {"value": 7.25, "error": 0.125, "positions": 1000}}}
+    text = tmp_path / "text.json"
+    text.write_text(json.dumps({"protocol": protocol, "checkpoints": {"int8": found}}))
+    replies = {index: Reply(f"#### {index}", "stop", 5, None) for index in range(4)}
+    run = {"model": model, "questions": {"count": 4, "sha256": "0"}, "prompt": {"sha256": "0", "shots": 8}}
+    results = Results(tmp_path / "gsm8k.jsonl", run, replies, {0: "0", 1: "1", 2: "2", 3: "7"})
+    score = gsm8k_report(results)
+    scores = tmp_path / "gsm8k.json"
+    scores.write_text(json.dumps(score))
+    page = render(collect(int8, None, [text, scores], None))
+    assert "7.2500 ± 0.1250" in page and "windows of 512 tokens, vllm 0.32.0" in page and HOSTILE not in page
+    assert "KLD" not in page and "perplexity, original" not in page
+    low, high = score["strict"]["interval"]
+    assert "75.00%" in page and f"{100 * low:.2f}% to {100 * high:.2f}%" in page
+    assert "Quality, measured" not in render(collect(int8, None, [], None))

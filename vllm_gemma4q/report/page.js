@@ -10,13 +10,18 @@ function place(cell) {
   if (!tip || window.innerWidth < 640) return;
   const box = cell.getBoundingClientRect();
   const size = tip.getBoundingClientRect();
-  const left = Math.min(Math.max(GAP, box.left + box.width / 2 - size.width / 2), window.innerWidth - size.width - GAP);
+  // Right of a narrow grid it covers no cell.
+  const edge = (cell.closest(".grid")?.getBoundingClientRect().right ?? Infinity) + GAP;
+  const beside = edge + size.width + GAP <= window.innerWidth;
+  const left = beside ? edge : Math.min(Math.max(GAP, box.left + box.width / 2 - size.width / 2), window.innerWidth - size.width - GAP);
   const below = box.bottom + GAP;
   const fits = below + size.height <= window.innerHeight || box.top < size.height + GAP;
   tip.style.left = `${left}px`;
   tip.style.right = "auto";
   tip.style.bottom = "auto";
-  tip.style.top = `${fits ? below : box.top - size.height - GAP}px`;
+  const above = box.top - size.height - GAP;
+  const level = Math.min(box.top, window.innerHeight - size.height - GAP);
+  tip.style.top = `${Math.max(GAP, beside ? level : fits ? below : above)}px`;
 }
 
 // A pointer and the keyboard never show two tooltips at once; Escape hides the one that is shown.
