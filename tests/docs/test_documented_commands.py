@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from docs.documented_commands import NOT_RUN, ON_A_SMALL_MODEL, PAGES, Line, documented_lines, damage
+from docs.documented_commands import NOT_RUN, ON_A_SMALL_MODEL, PAGES, Line, damage, documented_lines
 
 LINES = documented_lines()
 BIN = Path(sys.executable).parent
