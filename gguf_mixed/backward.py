@@ -20,7 +20,7 @@ from tqdm import tqdm
 from gguf_mixed.errors import InputError
 from gguf_mixed.fisher import Fisher, Marginals
 from gguf_mixed.hf_names import HfNames
-from gguf_mixed.measure import read_rows
+from gguf_mixed.rows import read_rows
 from gguf_mixed.tensors import Inventory, Tensor
 
 _COMPARED_ROWS = 4
@@ -58,8 +58,8 @@ def load(inventory: Inventory, checkpoint: Path | None = None, dtype: torch.dtyp
     folder = checkpoint if checkpoint is not None else inventory.path.parent
     options = {} if checkpoint is not None else {"gguf_file": inventory.path.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+        module = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **options)
     except Exception as error:  # transformers and its readers raise whatever they meet
         what = checkpoint.name if checkpoint is not None else f"{inventory.path.name}, try --checkpoint FOLDER"
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
+from gguf_mixed import strict_json
 from gguf_mixed.errors import InputError
 from gguf_mixed.identity import file_sha256, first_difference, model_sha256, named
 from gguf_mixed.llama_cpp import Log
@@ -97,7 +98,7 @@ def remove_base(path: Path) -> None:
 
 def _check_record(path: Path, expected: dict[str, object]) -> None:
     try:
-        found = json.loads(record_path(path).read_text(encoding="utf-8"))
+        found = strict_json.parse(record_path(path).read_bytes())
     except FileNotFoundError:
         raise InputError(f"{path}: exists, and no {record_path(path).name} tells what it was made of") from None
     except (OSError, ValueError) as error:

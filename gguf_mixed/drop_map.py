@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from gguf_mixed import strict_json
 from gguf_mixed.errors import InputError
 
 
@@ -64,10 +65,10 @@ def read_drop_map(path: Path, num_experts: int, n_layers: int, top_k: int) -> Re
         InputError: unreadable, layers missing or unknown, ids out of range or repeated, fewer than `top_k` left.
     """
     try:
-        dropped = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        dropped = strict_json.parse(path.read_bytes())
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(f"{path.name}: not a drop map: {error}") from error
     try:
         return retained_of(dropped, num_experts, n_layers, top_k)
@@ -105,13 +106,6 @@ def _kept(layer: int, ids: Any, num_experts: int, top_k: int) -> tuple[int, ...]
             f"layer {layer}: {left} of {num_experts} experts left, expected at least {max(top_k, 1)} (top_k)"
         )
     return tuple(expert for expert in range(num_experts) if expert not in set(ids))
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key is there twice")
-    return found
 
 
 def summary_path(path: Path) -> Path:

@@ -9,6 +9,7 @@ import json
 import threading
 from pathlib import Path
 
+from gguf_mixed import strict_json
 from gguf_mixed.errors import InputError
 
 Sums = dict[str, float]
@@ -55,7 +56,18 @@ class ErrorCache:
                 file.truncate(len(complete))
         for line in complete.splitlines()[1:]:
             try:
-                entry = json.loads(line)
-                self._known[entry["tensor"], entry["digest"]] = entry["sums"]
+                tensor, digest, sums = _parse(line)
+                self._known[tensor, digest] = sums
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{path.name}: damaged: {line[:60]!r}; remove it to measure again") from error
+
+
+def _parse(line: bytes) -> tuple[str, str, Sums]:
+    """Raises ValueError, KeyError or TypeError: not such a line."""
+    entry = strict_json.parse(line)
+    tensor, digest, sums = entry["tensor"], entry["digest"], entry["sums"]
+    if not isinstance(tensor, str) or not isinstance(digest, str):
+        raise ValueError("tensor and digest must be text")
+    if not isinstance(sums, dict) or not all(type(value) in (int, float) for value in sums.values()):
+        raise ValueError("sums must be numbers by name")
+    return tensor, digest, sums

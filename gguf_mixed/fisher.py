@@ -20,6 +20,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from gguf_mixed import strict_json
 from gguf_mixed.errors import InputError
 from gguf_mixed.sensitivity import Sensitivity, TensorSensitivity
 from gguf_mixed.tensors import Tensor
@@ -83,16 +84,18 @@ def read_fisher(path: Path) -> Fisher:
             found = file.metadata() or {}
             names = file.keys()
             arrays = {name: file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:  # of numpy: a shape with 0 that is too large without it
         raise InputError(f"{path.name}: cannot be read as a Fisher file: {error}") from error
     if found.get("format") != FORMAT:
         raise InputError(f"{path.name}: got format {found.get('format')}, expected {FORMAT}")
     try:
-        positions, details = int(found["positions"]), json.loads(found["details"])
+        positions, details = int(found["positions"]), strict_json.parse(found["details"].encode())
     except (KeyError, ValueError) as error:
         raise InputError(f"{path.name}: damaged metadata: {error}") from error
-    if positions < 1:
-        raise InputError(f"{path.name}: got {positions} positions, expected 1 or more")
+    if not 1 <= positions < 2**63:
+        raise InputError(f"{path.name}: got {positions} positions, expected 1 to 2^63")
+    if not isinstance(details, dict):
+        raise InputError(f"{path.name}: damaged metadata: details are {type(details).__name__}, expected an object")
     tensors = dict.fromkeys(name.removesuffix(".rows").removesuffix(".columns") for name in arrays)
     return Fisher({name: _marginals(path, name, arrays) for name in tensors}, positions, details)
 

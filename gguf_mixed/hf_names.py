@@ -7,6 +7,7 @@ from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 from gguf_mixed.errors import InputError
 
 GEMMA4 = "gemma4"
+_MAX_DIGITS = 3
 
 
 class HfNames:
@@ -31,6 +32,12 @@ class HfNames:
 
 
 def n_layers_of(names: "list[str] | tuple[str, ...]") -> int:
-    """Layers that checkpoint names speak of."""
-    layers = [int(match[1]) for name in names if (match := re.search(r"\.layers\.(\d+)\.", name))]
-    return max(layers, default=-1) + 1
+    """Layers that checkpoint names speak of.
+
+    Raises:
+        InputError: more than any model has, for which a table would be made.
+    """
+    found = [match[1] for name in names if (match := re.search(r"\.layers\.([0-9]+)\.", name))]
+    if long := [number for number in found if len(number) > _MAX_DIGITS]:
+        raise InputError(f"layer {long[0]}: expected a number of at most {_MAX_DIGITS} digits")
+    return max(map(int, found), default=-1) + 1

@@ -10,6 +10,7 @@ from typing import Any
 
 from gemma4q_kernels.ggml import GGMLQuantizationType, type_name
 
+from gguf_mixed import strict_json
 from gguf_mixed.errors import InputError
 from gguf_mixed.overrides import OverrideTable
 from gguf_mixed.quantize import Job
@@ -107,19 +108,29 @@ def read_sidecar(table_path: Path, table: OverrideTable) -> dict[str, Any] | Non
     """The sidecar of a table, None where there is none.
 
     Raises:
-        InputError: not ours, or the table was changed since.
+        InputError: not ours, damaged, or the table was changed since.
     """
     path = sidecar_path(table_path)
     if not path.exists():
         return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = strict_json.parse(path.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{path.name}: not a sidecar: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path.name}: not a sidecar of format {FORMAT}")
     if content.get("table_sha256") != hashlib.sha256(table.text.encode()).hexdigest():
         raise InputError(f"{table_path.name}: changed since it was planned: plan again, or remove {path.name}")
+    model, types, file_type = (content.get(key) for key in ("model", "types", "file_type"))
+    if not isinstance(model, dict) or not all(isinstance(model.get(key), str) for key in ("name", "header_sha256")):
+        raise InputError(f"{path.name}: model is {model!r}, expected its name and header_sha256")
+    if "file_type" not in content or (file_type is not None and type(file_type) is not int):
+        raise InputError(f"{path.name}: file_type is {file_type!r}, expected a number")
+    if not isinstance(types, dict):
+        raise InputError(f"{path.name}: types is {types!r}, expected types by tensor")
+    for name, kind in types.items():
+        if not isinstance(kind, str) or kind.upper() not in GGMLQuantizationType.__members__:
+            raise InputError(f"{path.name}: tensor {name}: {kind!r} is not a type of ggml's")
     return content
 
 

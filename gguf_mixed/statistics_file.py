@@ -5,7 +5,6 @@ llama-imatrix counts the same things on the same tokens: sums over tokens of eac
 Left out like there: the output layer, which only `--process-output` adds.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from gguf_mixed import strict_json
 from gguf_mixed.errors import InputError
 from gguf_mixed.hf_names import GEMMA4, HfNames, n_layers_of
 from gguf_mixed.imatrix import Imatrix, ImatrixEntry
@@ -51,18 +51,28 @@ def read_as_imatrix(path: Path) -> Imatrix:
             return Imatrix(
                 entries,
                 tuple(str(text["name"]) for text in details["texts"]),
-                int(details["samples"]),
-                int(details["max_length"]),
+                _count(details, "samples"),
+                _count(details, "max_length"),
             )
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{path.name}: cannot be read as a statistics file: {error}") from error
 
 
 def _parse(path: Path, metadata: Mapping[str, str]) -> tuple[Mapping[str, Any], Mapping[str, str]]:
     try:
-        return json.loads(metadata["details"]), json.loads(metadata["stored_as"])
+        details, stored_as = (strict_json.parse(metadata[key].encode()) for key in ("details", "stored_as"))
     except (KeyError, ValueError) as error:
         raise InputError(f"{path.name}: damaged metadata: {error}") from error
+    if not isinstance(details, dict) or not isinstance(stored_as, dict):
+        raise InputError(f"{path.name}: damaged metadata: details and stored_as must be objects")
+    return details, stored_as
+
+
+def _count(details: Mapping[str, Any], key: str) -> int:
+    """Raises KeyError or ValueError: it is missing, or nothing that a GGUF can say."""
+    if type(count := details[key]) is not int or not 0 <= count < 2**32:
+        raise ValueError(f"{key} is {count!r}, expected a count")
+    return count
 
 
 def _gguf_name(path: Path, names: HfNames, module: str) -> str:

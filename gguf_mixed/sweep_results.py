@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gguf_mixed import strict_json
 from gguf_mixed.errors import InputError
 from gguf_mixed.identity import first_difference
 
@@ -63,11 +64,14 @@ def open_results(folder: Path, inputs: Mapping[str, Any], evaluation: Mapping[st
     if not path.exists():
         return Results(path, inputs, evaluation)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = strict_json.parse(path.read_bytes())
         if found["format"] != FORMAT:
             raise InputError(f"{path}: got format {found['format']}, expected {FORMAT}")
-        tiers = {entry["name"]: entry for entry in found["tiers"]}
-        known = Results(path, found["inputs"], found["evaluation"], dict(found["skipped"]), tiers)
+        tiers = {_name(entry): entry for entry in found["tiers"]}
+        evaluated = found["evaluation"]
+        if not isinstance(found["inputs"], dict) or not isinstance(evaluated, dict | None):
+            raise ValueError("inputs and evaluation must be objects")
+        known = Results(path, found["inputs"], evaluated, dict(found["skipped"]), tiers)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged: {type(error).__name__}: {error}; another FOLDER, or remove it") from error
     _check_same(path, known.inputs, inputs)
@@ -76,6 +80,13 @@ def open_results(folder: Path, inputs: Mapping[str, Any], evaluation: Mapping[st
     elif evaluation is not None:
         _check_same(path, known.evaluation, evaluation)
     return known
+
+
+def _name(entry: Entry) -> str:
+    """A tier's. Raises ValueError, KeyError or TypeError: it cannot be told or sorted."""
+    if not isinstance(entry["name"], str) or type(entry["file_bytes"]) is not int:
+        raise ValueError("a tier without name and file_bytes")
+    return entry["name"]
 
 
 def _check_same(path: Path, found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

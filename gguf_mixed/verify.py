@@ -6,8 +6,9 @@ from pathlib import Path
 from gemma4q_kernels.ggml import GGMLQuantizationType, tensor_bytes
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT
 
+from gguf_mixed.errors import InputError
 from gguf_mixed.header import pad
-from gguf_mixed.tensors import Inventory, read_inventory
+from gguf_mixed.tensors import Inventory, Tensor, read_inventory
 
 
 def find_differences(
@@ -22,7 +23,7 @@ def find_differences(
             header is taken as it is, and the data must have the planned size.
 
     Raises:
-        InputError: the file cannot be read or is truncated, see `read_inventory`.
+        InputError: the file cannot be read or is truncated, see `read_inventory`; its rows cannot have a planned type.
     """
     inventory = read_inventory(written)
     return [*_types(inventory, types), *_label(inventory, file_type), *_size(inventory, types, file_bytes)]
@@ -51,8 +52,13 @@ def _size(inventory: Inventory, types: Mapping[str, GGMLQuantizationType], file_
     if file_bytes is None:
         if set(types) != set(inventory.tensors):
             return []  # the missing or surplus tensor is reported already, and its size is not known
-        file_bytes = inventory.headers[0].data_start + sum(
-            pad(tensor_bytes(types[name], tensor.shape), GGUF_DEFAULT_ALIGNMENT)
-            for name, tensor in inventory.tensors.items()
-        )
+        sizes = (_bytes_of(tensor, types[name]) for name, tensor in inventory.tensors.items())
+        file_bytes = inventory.headers[0].data_start + sum(pad(size, GGUF_DEFAULT_ALIGNMENT) for size in sizes)
     return [] if size == file_bytes else [f"size: got {size:,} bytes, expected {file_bytes:,}"]
+
+
+def _bytes_of(tensor: Tensor, planned: GGMLQuantizationType) -> int:
+    try:
+        return tensor_bytes(planned, tensor.shape)
+    except ValueError as error:
+        raise InputError(f"tensor {tensor.name}: planned as {planned.name}: {error}") from error

@@ -26,6 +26,9 @@ FULL_ATTENTION = "full_attention"
 SLIDING_ATTENTION = "sliding_attention"
 EXPERTS_PER_LAYER = "num_experts_per_layer"
 DEFAULT_GLOBAL_HEAD_DIM = 512  # what transformers assumes where the key is absent
+# Far above any model's, and far below what takes long to count.
+_MAX_SIZE = 2**31 - 1
+_MAX_SIZES: Mapping[str, int] = {"num_hidden_layers": 1000, "num_experts": 1024, "num_attention_heads": 4096}
 
 # Modules that vLLM fuses into one, in the order of their rows.
 FUSED_SHARDS: Mapping[str, tuple[str, ...]] = {
@@ -54,7 +57,7 @@ class Role(StrEnum):
 
 LINEAR_ROLES = frozenset({Role.ATTENTION, Role.MLP, Role.EXPERTS, Role.PER_LAYER_INPUT})
 
-_LAYER = re.compile(r"^(?:model\.language_model|language_model\.model|model)\.layers\.\d+\.(?P<rest>.+)$")
+_LAYER = re.compile(r"^(?:model\.language_model|language_model\.model|model)\.layers\.[0-9]{1,6}\.(?P<rest>.+)$")
 _TOWERS = (
     (re.compile(r"(?:^|\.)vision_tower\."), Role.VISION),
     (re.compile(r"(?:^|\.)embed_vision\."), Role.EMBED_VISION),
@@ -251,9 +254,13 @@ def _parse_expert_counts(text: Mapping[str, Any]) -> list[int] | None:
 def _parse_layers(text: Mapping[str, Any], expert_counts: Sequence[int] | None) -> Iterator[Layer]:
     count = _size(text, "num_hidden_layers")
     types = text.get("layer_types") or _default_layer_types(count)
+    if not isinstance(types, list) or not all(isinstance(item, str) for item in types):
+        raise InputError(f"config.json: layer_types is {types!r}, expected a list of names")
     if len(types) != count:
         raise InputError(f"config.json: layer_types has {len(types)} entries, expected num_hidden_layers = {count}")
     overrides = text.get("per_layer_config")
+    if overrides is not None and not _is_table(overrides):
+        raise InputError(f"config.json: per_layer_config is {overrides!r}, expected an object of objects")
     key_equals_value = bool(text.get("attention_k_eq_v"))
     shared_from = count - (_optional_size(text, "num_kv_shared_layers") or 0)
     for index, layer_type in enumerate(types):
@@ -287,8 +294,9 @@ def _default_layer_types(count: int) -> list[str]:
 
 def _size(mapping: Mapping[str, Any], key: str) -> int:
     value = _optional_size(mapping, key)
-    if value is None:
-        raise InputError(f"config.json: {key} is missing, expected a positive integer")
+    if not value:
+        found = "missing" if value is None else value
+        raise InputError(f"config.json: {key} is {found}, expected a positive integer")
     return value
 
 
@@ -298,4 +306,10 @@ def _optional_size(mapping: Mapping[str, Any], key: str) -> int | None:
         return None
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise InputError(f"config.json: {key} is {value!r}, expected a non-negative integer")
+    if value > (most := _MAX_SIZES.get(key, _MAX_SIZE)):
+        raise InputError(f"config.json: {key} is {value}, expected at most {most}")
     return value
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, Mapping) and all(item is None or isinstance(item, Mapping) for item in value.values())

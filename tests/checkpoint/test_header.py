@@ -43,7 +43,8 @@ def test_agrees_with_the_safetensors_library(tmp_path):
 
 @given(
     st.dictionaries(
-        st.text(min_size=1), st.tuples(st.sampled_from(sorted(DTYPE_BYTES)), st.lists(st.integers(0, 4), max_size=3))
+        st.text(min_size=1).filter(str.isprintable),
+        st.tuples(st.sampled_from(sorted(DTYPE_BYTES)), st.lists(st.integers(0, 4), max_size=3)),
     )
 )
 def test_written_headers_read_back(tmp_path_factory, wanted):
@@ -105,5 +106,5 @@ def test_bad_headers_are_named(tmp_path, header, data, message):
 def test_json_with_a_repeated_key_is_refused(tmp_path):
     path = tmp_path / "config.json"
     path.write_text('{"a": 1, "b": {"c": 1, "c": 2}}')
-    with pytest.raises(InputError, match=r"config.json: duplicate key 'c'"):
+    with pytest.raises(InputError, match=r"config.json: not valid JSON: duplicate key 'c'"):
         read_json(path)

@@ -55,7 +55,7 @@ REFUSED = {
     "text for a number": ('{"0": ["1"], "1": []}', "layer 0: got expert '1', expected 0..7"),
     "list in a list": ('{"0": [[1]], "1": []}', r"layer 0: got expert \[1\], expected 0..7"),
     "repeated": ('{"0": [3, 5, 3], "1": []}', "layer 0: expert 3 is listed twice"),
-    "layer twice": ('{"0": [3], "1": [], "0": []}', "not a drop map: a key is there twice"),
+    "layer twice": ('{"0": [3], "1": [], "0": []}', "not a drop map: duplicate key '0'"),
     "whole layer": ('{"0": [0, 1, 2, 3, 4, 5, 6, 7], "1": []}', "layer 0: 0 of 8 experts left, expected at least 4"),
     "fewer than top_k": ('{"0": [], "1": [0, 1, 2, 3, 4]}', r"layer 1: 3 of 8 experts left, expected at least 4 \(top"),
     "not lists": ('{"0": 3, "1": []}', "layer 0: got 3, expected a list of dropped experts"),

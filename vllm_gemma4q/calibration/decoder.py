@@ -135,7 +135,7 @@ class Decoder:
 
 def _text_config(checkpoint: Checkpoint) -> Any:
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder).get_text_config()
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False).get_text_config()
     except Exception as error:  # transformers raises whatever it meets
         raise InputError(f"config.json: transformers cannot read it: {str(error).splitlines()[0]}") from error
     config._attn_implementation = "sdpa"

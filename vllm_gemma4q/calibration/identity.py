@@ -52,8 +52,9 @@ def decoder_identity(decoder: "Decoder") -> dict[str, Any]:
 def check_same_model(statistics: Statistics, checkpoint: Checkpoint) -> None:
     """Raises InputError: the statistics were made with another checkpoint."""
     found, expected = statistics.details.get("model") or {}, model_identity(checkpoint)
-    if found.get("sha256") != expected["sha256"]:
+    if not isinstance(found, dict) or found.get("sha256") != expected["sha256"]:
+        name, sha256 = (found.get("name"), found.get("sha256")) if isinstance(found, dict) else (found, None)
         raise InputError(
-            f"{statistics.path.name}: statistics of another model: {found.get('name')} "
-            f"({str(found.get('sha256'))[:8]}), expected {expected['name']} ({expected['sha256'][:8]})"
+            f"{statistics.path.name}: statistics of another model: {name} ({str(sha256)[:8]}), "
+            f"expected {expected['name']} ({expected['sha256'][:8]})"
         )

@@ -34,6 +34,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from gguf_mixed import strict_json
 from vllm_gemma4q.errors import InputError
 
 Array = npt.NDArray[Any]
@@ -128,10 +129,12 @@ class Statistics:
     def __init__(self, path: Path, metadata: Mapping[str, str], names: frozenset[str]):
         self.path = path
         try:
-            self.details: Mapping[str, Any] = json.loads(metadata["details"])
-            self._stored_as: Mapping[str, str] = json.loads(metadata["stored_as"])
+            self.details: Mapping[str, Any] = strict_json.parse(metadata["details"].encode())
+            self._stored_as: Mapping[str, str] = strict_json.parse(metadata["stored_as"].encode())
         except (KeyError, ValueError) as error:
             raise InputError(f"{path.name}: damaged metadata: {error}") from error
+        if not isinstance(self.details, dict) or not isinstance(self._stored_as, dict):
+            raise InputError(f"{path.name}: damaged metadata: details and stored_as must be objects")
         self._names = names
         self.modules = tuple(self._stored_as)
         self.experts = tuple(sorted(name.removesuffix(".gate_sum") for name in names if name.endswith(".gate_sum")))
@@ -193,7 +196,7 @@ class Statistics:
         try:
             with safe_open(self.path, "numpy") as file:
                 array: Array = file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ValueError) as error:  # of numpy: a shape with 0 too large without it
             raise InputError(f"{self.path.name}: tensor {name}: cannot be read: {error}") from error
         if dtype is not None and array.dtype != dtype:
             raise InputError(f"{self.path.name}: tensor {name}: got {array.dtype}, expected {dtype}")

@@ -76,9 +76,11 @@ def load_tokenizer(folder: Path) -> Any:
     if not any((folder / name).is_file() for name in _TOKENIZERS):  # transformers would make one up
         raise InputError(f"{folder}: has no tokenizer: expected {' or '.join(_TOKENIZERS)}")
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever it meets
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "custom code" in reason:  # it goes on to say how to run it
+            reason = "it is code of the checkpoint's, which is never run"
         raise InputError(f"{folder}: transformers cannot load the tokenizer: {reason}") from error
 
 

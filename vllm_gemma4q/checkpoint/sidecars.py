@@ -7,21 +7,42 @@ from typing import Any
 
 from vllm_gemma4q.checkpoint.reader import CONFIG, INDEX
 from vllm_gemma4q.checkpoint.run import MANIFEST
+from vllm_gemma4q.errors import InputError
 
 _SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt"})
 _LICENCES = ("license", "notice", "use_policy")
 _WRITTEN_ANEW = frozenset({CONFIG, INDEX, MANIFEST})
+_MAX_BYTES = 200_000_000  # five times the largest tokenizer
 
 
 def sidecars(folder: Path) -> list[Path]:
-    """Files of a checkpoint that a rewritten one needs unchanged: never weights, code or hidden files."""
+    """Files of a checkpoint that a rewritten one needs unchanged: never weights, code or hidden files.
+
+    Raises:
+        InputError: one is a link that leaves the folder, or is too large to be what it says. A copy of what a link of
+            an unpacked archive points to (a key, a password file) would be published with the checkpoint.
+    """
 
     def is_sidecar(path: Path) -> bool:
         if path.name in _WRITTEN_ANEW or path.name.startswith(".") or not path.is_file():
             return False
         return path.suffix in _SUFFIXES or path.name.lower().startswith(_LICENCES)
 
-    return sorted(path for path in folder.iterdir() if is_sidecar(path))
+    found = sorted(path for path in folder.iterdir() if is_sidecar(path))
+    for path in found:
+        _check(path, folder.resolve())
+    return found
+
+
+def _check(path: Path, folder: Path) -> None:
+    target = path.resolve()
+    blobs = folder.parent.parent / "blobs"  # of Hugging Face's cache, whose snapshots are links into it
+    if not target.is_relative_to(folder) and target.parent != blobs:
+        raise InputError(
+            f"{path.name}: a link to {target}, expected a file in {folder}: put a copy there if you want it"
+        )
+    if (size := path.stat().st_size) > _MAX_BYTES:
+        raise InputError(f"{path.name}: {size:,} bytes, expected at most {_MAX_BYTES:,}")
 
 
 def to_json(value: Mapping[str, Any]) -> bytes:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.filesize import decimal
 
+from gguf_mixed.errors import one_line
 from vllm_gemma4q.checkpoint import open_checkpoint
 from vllm_gemma4q.checkpoint.convert import convert
 from vllm_gemma4q.commands.progress import byte_bar
@@ -77,7 +78,7 @@ def _print(restoration: Restoration, every_name: bool) -> None:
     ]
     if every_name:
         for action, name in lines:
-            print(f"{action}: {name}")
+            print(one_line(f"{action}: {name}"))
     for action, count in Counter(action for action, _ in lines).items():
         print(f"{action}: {count}")
     print(f"Result: {decimal(restoration.conversion.output_bytes)} in {len(restoration.conversion.shards)} file(s)")

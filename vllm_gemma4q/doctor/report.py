@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gguf_mixed.errors import one_line
 from vllm_gemma4q.doctor.checks.coverage import coverage
 from vllm_gemma4q.doctor.checks.parallel import largest_of_all
 from vllm_gemma4q.doctor.diagnose import Diagnosis
@@ -52,7 +53,11 @@ def _facts(patient: "Subject | Inventory") -> dict[str, Any]:
 
 
 def lines(patient: "Subject | Inventory", asked: Sequence[Diagnosis], others: Sequence[Diagnosis]) -> Iterator[str]:
-    """Text for a terminal."""
+    """Text for a terminal, whatever names are in the files."""
+    return map(one_line, _lines(patient, asked, others))
+
+
+def _lines(patient: "Subject | Inventory", asked: Sequence[Diagnosis], others: Sequence[Diagnosis]) -> Iterator[str]:
     facts = _facts(patient)
     yield f"{facts['checkpoint']}: {facts['scheme']}, {facts['tensors']:,} tensors"
     if shares := facts.get("coverage"):

@@ -18,6 +18,7 @@ from enum import StrEnum
 from typing import Any
 
 from vllm_gemma4q.architecture import EXPERT_SHARDS, FUSED_SHARDS, Role, TextArchitecture, role_of
+from vllm_gemma4q.name_patterns import compile_pattern
 
 QUARK, FP8, COMPRESSED_TENSORS = "quark", "fp8", "compressed-tensors"
 METHODS = (QUARK, FP8, COMPRESSED_TENSORS)
@@ -109,8 +110,8 @@ def _fused(engine_root: str, root: str, prefix: str, fused: str, shards: Sequenc
 
 
 def _quantizes_towers(config: Mapping[str, Any]) -> bool:
-    vision = config.get("vision_config") or {}
-    if config.get("quantization_config", {}).get("quant_method") == COMPRESSED_TENSORS:
+    vision, quantization = config.get("vision_config") or {}, config.get("quantization_config") or {}
+    if quantization.get("quant_method") == COMPRESSED_TENSORS or not isinstance(vision, Mapping):
         return True
     sizes = [vision.get("hidden_size"), vision.get("intermediate_size")]
     return all(isinstance(size, int) and size % _TOWER_MULTIPLE == 0 for size in sizes)
@@ -173,8 +174,5 @@ class StockList:
 
     def _is_match(self, name: str, entry: str) -> bool:
         if self.method != FP8 and entry.startswith("re:"):
-            try:
-                return re.match(entry[3:], name) is not None
-            except re.error:
-                return False
+            return compile_pattern(entry).match(name) is not None
         return name == entry

@@ -23,6 +23,7 @@ from vllm_gemma4q.fp8_static import facts as fp8
 from vllm_gemma4q.fp8_static.ignore import IgnoreList
 from vllm_gemma4q.fp8_static.scheme import ignored_names, is_fp8_static
 from vllm_gemma4q.module_headers import FLOATS, relative_name
+from vllm_gemma4q.name_patterns import compile_pattern, names_of
 from vllm_gemma4q.quark_int8 import facts as int8
 from vllm_gemma4q.quark_int8.scheme import is_w8a8_int8
 from vllm_gemma4q.restore.formats import METHODS
@@ -88,8 +89,7 @@ class Subject:
     @cached_property
     def ignored(self) -> tuple[str, ...]:
         """The list of modules that are not quantized, in the words of the file."""
-        names = self.quantization.get("exclude") or ignored_names(self.quantization)
-        return tuple(name for name in names if isinstance(name, str))
+        return _listed(self.quantization)
 
     @cached_property
     def roles(self) -> Mapping[str, Role]:
@@ -175,6 +175,7 @@ def open_subject(folder: Path, base: Path | None) -> Subject:
         raise InputError(f"{folder}: not a folder, nor a .gguf file")
     config = read_json(folder / CONFIG)
     architecture = parse_text_architecture(config)
+    _check_quantization(config)
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
     weight_map = read_json(folder / INDEX).get("weight_map") if (folder / INDEX).exists() else None
     if weight_map is not None and not _is_weight_map(weight_map):
@@ -188,6 +189,22 @@ def open_subject(folder: Path, base: Path | None) -> Subject:
         problems += _stale_entries(weight_map, tensors, {problem.subject for problem in problems})
     opened = None if base is None else open_checkpoint(base)
     return Subject(folder, config, architecture, tensors, problems, pickles, opened)
+
+
+def _check_quantization(config: Mapping[str, Any]) -> None:
+    """Raises InputError: an entry that is no object, or whose list holds a pattern that nobody should match."""
+    for key in ("quantization_config", "vision_config"):
+        if not isinstance(found := config.get(key) or {}, Mapping):
+            raise InputError(f"config.json: {key} is {found!r}, expected an object")
+    quantization = config.get("quantization_config") or {}
+    for entry in _listed(quantization):
+        if entry.startswith("re:"):
+            compile_pattern(entry)
+
+
+def _listed(quantization: Mapping[str, Any]) -> tuple[str, ...]:
+    exclude = quantization.get("exclude")
+    return names_of("exclude", exclude) if exclude else ignored_names(quantization)
 
 
 def _is_weight_map(value: Any) -> bool:

@@ -48,8 +48,9 @@ def disagreements(storage: Mapping[str, Any], tensors: Mapping[str, Header]) -> 
     found = []
     for module in storage.values():
         stored = module.get("stored_tensors") if isinstance(module, Mapping) else None
-        for name, entry in (stored or {}).items():
+        for name, entry in stored.items() if isinstance(stored, Mapping) else ():
             header = tensors.get(name)
-            if header is None or list(entry.get("shape") or ()) != list(header.shape):
+            shape = entry.get("shape") if isinstance(entry, Mapping) else None
+            if header is None or shape != list(header.shape):
                 found.append(name)
     return sorted(found)

@@ -154,5 +154,6 @@ class _Reader(ModuleReader):
 
     def _is_virtual(self, relative: str) -> bool:
         """Whether a scale belongs to a v_proj that does not exist, because values are the keys."""
-        layer = re.match(r"layers\.(\d+)\.self_attn\.v_proj\.", relative)
-        return layer is not None and not self.architecture.layers[int(layer[1])].has_value
+        match = re.match(r"layers\.([0-9]+)\.self_attn\.v_proj\.", relative)
+        layers = self.architecture.layers
+        return match is not None and int(match[1]) < len(layers) and not layers[int(match[1])].has_value

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterable, Iterator
 
 from vllm_gemma4q.architecture import EXPERT_SHARDS, FUSED_SHARDS, Role, role_of
-from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.module_headers import relative_name
+from vllm_gemma4q.name_patterns import compile_pattern
 
 _ROOTS = ("", "model.language_model.", "language_model.model.", "model.", "language_model.")
 _TOWERS = (Role.VISION, Role.EMBED_VISION, Role.AUDIO)
@@ -21,12 +21,12 @@ class IgnoreList:
     """One list, asked about modules by name."""
 
     def __init__(self, entries: Iterable[str]) -> None:
-        """Raises InputError where a pattern is not a regular expression."""
+        """Raises InputError where a pattern is not one (see `compile_pattern`)."""
         self._names: set[str] = set()
         self._patterns: list[re.Pattern[str]] = []
         for entry in entries:
             if entry.startswith("re:"):
-                self._patterns.append(_compile(entry))
+                self._patterns.append(compile_pattern(entry))
             elif any(character in entry for character in "*?["):
                 self._patterns.append(re.compile(fnmatch.translate(entry)))
             else:
@@ -38,13 +38,6 @@ class IgnoreList:
         if any(part in self._names for alias in aliases for part in _parts(alias)):
             return True
         return any(pattern.match(alias) for pattern in self._patterns for alias in aliases)
-
-
-def _compile(entry: str) -> re.Pattern[str]:
-    try:
-        return re.compile(entry.removeprefix("re:"))
-    except re.error as error:
-        raise InputError(f"config.json: {entry!r} is not a regular expression ({error})") from error
 
 
 def _parts(name: str) -> Iterator[str]:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_gemma4q.fp8_static.format import METHOD
+from vllm_gemma4q.name_patterns import names_of
 from vllm_gemma4q.quark_int8.scheme import is_gemma4
 
 METHOD_NAME = "gemma4q_fp8_static"
@@ -45,10 +46,10 @@ def is_fp8_static(quantization_config: Mapping[str, Any]) -> bool:
 
 
 def ignored_names(quantization_config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The list of modules that are not quantized, under any of its three names."""
+    """The list of modules that are not quantized, under any of its three names. Raises InputError: it is no list."""
     for key in ("ignored_layers", "modules_to_not_convert", "ignore"):
         if names := quantization_config.get(key):
-            return tuple(names)
+            return names_of(key, names)
     return ()
 
 

@@ -9,11 +9,11 @@ Source: AMD Quark 0.11 and 0.13 exports, vLLM `quantization/quark/quark.py`.
 """
 
 import fnmatch
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vllm_gemma4q.architecture import ARCHITECTURES, MODEL_TYPES
+from vllm_gemma4q.name_patterns import compile_pattern
 
 METHOD_NAME = "gemma4q_quark_int8"
 
@@ -44,14 +44,22 @@ def is_w8a8_int8(quantization_config: Mapping[str, Any]) -> bool:
     """Whether a Quark `quantization_config` is W8A8 INT8 for every layer it names."""
     if quantization_config.get("quant_method") != "quark":
         return False
+    exclude = quantization_config.get("exclude") or []
+    if not isinstance(exclude, (list, tuple)) or not all(isinstance(rule, str) for rule in exclude):
+        return False
     export = quantization_config.get("export") or {}
-    if export.get("weight_format", "real_quantized") != "real_quantized" or export.get("kv_cache_group"):
+    if not isinstance(export, Mapping) or export.get("kv_cache_group"):
+        return False
+    if export.get("weight_format", "real_quantized") != "real_quantized":
         return False
     if quantization_config.get("kv_cache_quant_config") or quantization_config.get("softmax_quant_spec"):
         return False
     layers = [quantization_config.get("global_quant_config")]
     for key in ("layer_quant_config", "layer_type_quant_config"):
-        layers.extend((quantization_config.get(key) or {}).values())
+        own = quantization_config.get(key) or {}
+        if not isinstance(own, Mapping):
+            return False
+        layers.extend(own.values())
     return all(_is_w8a8_int8_layer(layer) for layer in layers)
 
 
@@ -81,6 +89,9 @@ def is_excluded(names: Iterable[str], exclude: Iterable[str]) -> bool:
     Args:
         names: the module's names, such as the checkpoint's and the engine's.
         exclude: exact names, globs (`*vision_tower*`) and `re:` patterns, matched from the start.
+
+    Raises:
+        InputError: a pattern is none (see `compile_pattern`).
     """
     names = tuple(names)
     return any(_matches(name, rule) for rule in exclude for name in names)
@@ -88,5 +99,5 @@ def is_excluded(names: Iterable[str], exclude: Iterable[str]) -> bool:
 
 def _matches(name: str, rule: str) -> bool:
     if rule.startswith("re:"):
-        return re.match(rule[3:], name) is not None
+        return compile_pattern(rule).match(name) is not None
     return fnmatch.fnmatchcase(name, rule)

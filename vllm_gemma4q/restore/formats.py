@@ -5,11 +5,12 @@ fp8 (AutoFP8, this package, transformers): `ignored_layers` or `modules_to_not_c
 act_scale. quark (INT8): `exclude`, weight_scale. compressed-tensors: `ignore`, weight_scale, input_scale when static.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_gemma4q.errors import InputError
+from vllm_gemma4q.name_patterns import names_of
 from vllm_gemma4q.restore.names import is_fused
 
 METHODS = ("fp8", "quark", "compressed-tensors")
@@ -54,7 +55,7 @@ class Format:
 
 
 def parse_format(config: Mapping[str, Any]) -> Format:
-    """Raises InputError: no `quantization_config`, or one of a method that is not known here."""
+    """Raises InputError: no `quantization_config`, one of a method that is not known here, or one that is damaged."""
     quantization = config.get("quantization_config")
     if not isinstance(quantization, Mapping):
         raise InputError("config.json: got no quantization_config, expected a quantized checkpoint")
@@ -67,11 +68,22 @@ def parse_format(config: Mapping[str, Any]) -> Format:
     if method == "quark":
         return Format(method, ("exclude",), _needs("weight_scale", False))
     if method == "compressed-tensors":
-        groups = (quantization.get("config_groups") or {}).values()
-        activations = [group.get("input_activations") for group in groups]
+        activations = list(_activations(quantization))
         static = any(found and not found.get("dynamic") for found in activations)
         return Format(method, ("ignore",), _needs("weight_scale", static))
     raise InputError(f"config.json: quant_method is {method!r}, expected one of {', '.join(METHODS)}")
+
+
+def _activations(quantization: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """How each group of linears has its inputs quantized."""
+    for name, group in _object("config_groups", quantization.get("config_groups")).items():
+        yield _object("input_activations", _object(name, group).get("input_activations"))
+
+
+def _object(key: str, value: Any) -> Mapping[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise InputError(f"config.json: quantization_config: {key} is {value!r}, expected an object")
+    return value or {}
 
 
 def _needs(weight_scale: str, static: bool) -> tuple[tuple[str, ...], ...]:
@@ -79,8 +91,9 @@ def _needs(weight_scale: str, static: bool) -> tuple[tuple[str, ...], ...]:
 
 
 def listed(config: Mapping[str, Any], form: Format) -> list[str]:
-    """What the configuration says is not quantized."""
-    return [name for key in form.lists for name in config["quantization_config"].get(key) or ()]
+    """What the configuration says is not quantized. Raises InputError: its list is none."""
+    found = config["quantization_config"]
+    return [name for key in form.lists for name in names_of(key, found.get(key) or ())]
 
 
 def with_list(config: Mapping[str, Any], form: Format, modules: Sequence[str]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from vllm_gemma4q.vram.weights import TRELLIS, Part, StoredTensor
 
 GGUF_ARCHITECTURE = "gemma4"
 _TOKEN_EMBEDDING = "token_embd.weight"
+_MAX_LAYERS = 1000
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ def open_source(path: Path) -> Source:
         StoredTensor(tensor.name, tensor.shape, tensor.end - tensor.start) for tensor in checkpoint.tensors.values()
     )
     quantization = config.get("quantization_config") or {}
+    if not isinstance(quantization, Mapping):
+        raise InputError(f"config.json: quantization_config is {quantization!r}, expected an object")
     return Source(
         name=str(path),
         scheme=str(quantization.get("quant_method", "unquantized")),
@@ -136,6 +139,10 @@ def _gguf_parts(inventory: Inventory) -> dict[Part, int]:
 
 def _gguf_cache(header: Header) -> CacheShape:
     layers = _integer(header, "block_count")
+    if not 0 < layers <= _MAX_LAYERS:
+        raise InputError(
+            f"{header.path.name}: {GGUF_ARCHITECTURE}.block_count: got {layers}, expected 1 to {_MAX_LAYERS}"
+        )
     shared = _integer(header, "attention.shared_kv_layers", 0)
     heads = header.get(f"{GGUF_ARCHITECTURE}.attention.head_count_kv")
     per_layer = heads if isinstance(heads, tuple) else (heads,) * layers

@@ -148,10 +148,16 @@ def load(path: Path) -> TileTable:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"])) or "table"
-        raise ValueError(f"tile table {path}: {key}: {first['msg']}") from error
+        raise ValueError(f"tile table {path}: {_shown(key)}: {_shown(first['msg'])}") from error
     if table.architecture != path.stem:
-        raise ValueError(f"tile table {path}: architecture: got {table.architecture!r}, expected {path.stem!r}")
+        got = _shown(table.architecture)
+        raise ValueError(f"tile table {path}: architecture: got {got!r}, expected {path.stem!r}")
     return table
+
+
+def _shown(text: str) -> str:
+    """A key or a value of a file in an error: one line, not long."""
+    return ascii(text)[1:-1][:200]
 
 
 def packaged() -> tuple[str, ...]:

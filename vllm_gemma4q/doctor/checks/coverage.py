@@ -39,7 +39,7 @@ def coverage(subject: Subject) -> dict[str, tuple[int, int]]:
     counts: dict[str, tuple[int, int]] = {}
     for name, tensor in subject.tensors.items():
         role = subject.roles[name]
-        is_trellis = name.endswith(".trellis")
+        is_trellis = name.endswith(".trellis") and len(tensor.shape) == 3
         if role is Role.NORM or not (is_trellis or _is_weight(name, tensor.shape)):
             continue
         # A trellis is [in/16, out/16, words]; eight packed 4-bit weights are an I32.

@@ -4,12 +4,22 @@ The plugin refuses a folder whose index is wrong. Stock vLLM reads whatever file
 tensors only where nothing is quantized.
 """
 
+import contextlib
 from collections.abc import Iterator
 
+from vllm_gemma4q.checkpoint.header import read_json
+from vllm_gemma4q.checkpoint.reader import CONFIG
 from vllm_gemma4q.doctor.engines import Engine
 from vllm_gemma4q.doctor.finding import Finding, Severity, about
 from vllm_gemma4q.doctor.subject import Problem, Subject
+from vllm_gemma4q.errors import InputError
 
+_CONFIGURATIONS = (
+    "tokenizer_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "generation_config.json",
+)
 _REASONS = {
     "no-index": "the plugin does not know which of the files belong together; stock vLLM loads all",
     "missing-shard": "its tensors are missing",
@@ -20,7 +30,7 @@ _REASONS = {
 
 
 def check(subject: Subject, engine: Engine) -> Iterator[Finding]:
-    """Shards, index and pickle files."""
+    """Shards, index, pickle files and code."""
     for code, reason in _REASONS.items():
         problems = [problem for problem in subject.problems if problem.code == code]
         if problems:
@@ -32,6 +42,22 @@ def check(subject: Subject, engine: Engine) -> Iterator[Finding]:
     reason = "pickle files can run code when they are opened; engines take the safetensors beside them"
     fix = f"rm {subject.path}/{subject.pickles[0]}" if subject.pickles else ""
     yield from about("pickle-file", Severity.NOTE, subject.pickles, "a pickle file", expected, reason, fix)
+    reason = (
+        "Gemma 4 needs none; no engine runs it unless it is told to trust the checkpoint, and nobody should tell it"
+    )
+    names = [*_with_auto_map(subject), *sorted(path.name for path in subject.folder.glob("*.py"))]
+    yield from about("remote-code", Severity.NOTE, names, "code, or a name of some", "none", reason)
+
+
+def _with_auto_map(subject: Subject) -> Iterator[str]:
+    """Configurations that name classes of the checkpoint's own, or of another repository."""
+    for name in (CONFIG, *_CONFIGURATIONS):
+        path = subject.folder / name
+        if path.is_file():
+            with contextlib.suppress(InputError):
+                found = read_json(path)
+                if any("auto_map" in place for place in (found, *found.values()) if isinstance(place, dict)):
+                    yield name
 
 
 def _severity(code: str, subject: Subject, engine: Engine) -> Severity:

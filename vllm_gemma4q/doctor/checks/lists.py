@@ -4,7 +4,6 @@ The plugin goes by the weights, so a wrong list is a note there. Stock vLLM goes
 """
 
 import fnmatch
-import re
 from collections.abc import Callable, Iterator
 
 from vllm_gemma4q.architecture import EXPERT_SHARDS
@@ -15,6 +14,7 @@ from vllm_gemma4q.doctor.subject import Scheme, Subject
 from vllm_gemma4q.fp8_static import facts as fp8
 from vllm_gemma4q.fp8_static.ignore import IgnoreList
 from vllm_gemma4q.module_headers import FLOATS, is_one_expert
+from vllm_gemma4q.name_patterns import compile_pattern
 from vllm_gemma4q.quark_int8 import facts as int8
 
 
@@ -130,7 +130,7 @@ def _plugin_reading(subject: Subject, names: list[str]) -> Callable[[str], bool]
 
     def is_alive(entry: str) -> bool:
         if entry.startswith("re:"):
-            return any(re.match(entry[3:], name) for name in names)
+            return any(map(compile_pattern(entry).match, names))
         if any(character in entry for character in "*?["):
             return any(fnmatch.fnmatchcase(name, entry) for name in names)
         return f".{entry.strip('.')}." in lines if subject.scheme is Scheme.FP8 else entry in exact

@@ -4,6 +4,7 @@ vLLM tells missing tensors only of models that are not quantized, and there by w
 linear, one expert or a layer scalar may be missing without a word, and what was in memory is multiplied.
 """
 
+import re
 from collections.abc import Iterator
 
 from vllm_gemma4q.architecture import (
@@ -11,7 +12,6 @@ from vllm_gemma4q.architecture import (
     FUSED_SHARDS,
     Role,
     is_fused_experts,
-    layer_index,
 )
 from vllm_gemma4q.doctor.engines import Engine
 from vllm_gemma4q.doctor.finding import Finding, Severity, about
@@ -20,6 +20,7 @@ from vllm_gemma4q.module_headers import FLOATS, relative_name
 
 _PARALLEL = frozenset({"o_proj", "down_proj", *(shard for shards in FUSED_SHARDS.values() for shard in shards)})
 _PACKED = (".trellis", ".weight_packed")
+_LAYER = re.compile(r"layers\.([0-9]+)\.")
 
 
 def check(subject: Subject, engine: Engine) -> Iterator[Finding]:
@@ -108,9 +109,9 @@ def _surplus(subject: Subject) -> Iterator[Finding]:
     layers = subject.architecture.layers
     beyond, experts, values = [], [], []
     for name, tensor in subject.names.items():
-        if not name.startswith("layers.") or ".layers." in name:
+        if not (match := _LAYER.match(name)) or ".layers." in name:
             continue
-        index = layer_index(f".{name}")
+        index = int(match[1])
         role = subject.roles[tensor.name]
         if index >= len(layers):
             beyond.append(tensor.name)

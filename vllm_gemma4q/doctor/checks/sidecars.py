@@ -4,20 +4,22 @@ Not done: whether a template renders what the model was trained on; without `--b
 are found.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, TemplateSyntaxError
 
+from vllm_gemma4q.checkpoint.header import read_json
 from vllm_gemma4q.doctor.engines import EXLLAMAV3, Device, Engine
 from vllm_gemma4q.doctor.finding import Finding, Severity
 from vllm_gemma4q.doctor.subject import Subject
+from vllm_gemma4q.errors import InputError
 
 TEMPLATE_FILE, KEY = "chat_template.jinja", "chat_template"
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
+_MAX_TEMPLATE = 1_000_000
 _TURN, _GEMMA3_TURN = "<|turn>", "<start_of_turn>"
 
 
@@ -56,10 +58,8 @@ def _chat_template(subject: Subject) -> Iterator[Finding]:
         found, expected = f"another text ({len(template)} characters)", f"BASE's ({len(original)} characters)"
         reason = "prompts are framed otherwise than the model learned"
         yield Finding("stale-chat-template", Severity.WARNING, TEMPLATE_FILE, found, expected, reason, fix)
-    try:
-        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
-    except TemplateSyntaxError as error:
-        found = f"a syntax error in line {error.lineno} ({error.message})"
+    if problem := _problem(template):
+        found = problem
         reason = "the chat endpoints of the engine refuse every request"
         yield Finding("bad-chat-template", Severity.WARNING, TEMPLATE_FILE, found, "a Jinja template", reason, fix)
         return
@@ -70,6 +70,19 @@ def _chat_template(subject: Subject) -> Iterator[Finding]:
     if "tools" not in template:
         reason = "tools of a request never reach the model"
         yield Finding("no-tools-in-template", Severity.NOTE, TEMPLATE_FILE, "no tools", "them", reason, fix)
+
+
+def _problem(template: str) -> str | None:
+    """Why no engine can use a template, None where one can. It is only parsed, never rendered."""
+    if len(template) > _MAX_TEMPLATE:
+        return f"{len(template):,} characters"
+    try:
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+    except TemplateSyntaxError as error:
+        return f"a syntax error in line {error.lineno} ({error.message})"
+    except (RecursionError, ValueError) as error:  # brackets without end, a number of 5,000 digits
+        return f"what Jinja cannot parse ({'nested too deep' if isinstance(error, RecursionError) else error})"
+    return None
 
 
 def read_template(folder: Path) -> str | None:
@@ -88,7 +101,6 @@ def read_template(folder: Path) -> str | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path)
+    except InputError:
         return {}
-    return content if isinstance(content, dict) else {}
