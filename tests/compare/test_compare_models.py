@@ -10,6 +10,8 @@ from safetensors import safe_open
 from synthetic import CONFIG_31B, shapes, small_config, write_checkpoint, write_header_only
 
 from gguf_mixed.drop_map import RetainedExperts
+from gguf_mixed.sidecar import header_sha256
+from gguf_mixed.tensors import read_inventory
 from vllm_gemma4q.architecture import parse_text_architecture
 from vllm_gemma4q.checkpoint import open_checkpoint
 from vllm_gemma4q.checkpoint.convert import convert
@@ -135,3 +137,26 @@ def test_folders_of_the_real_sizes_are_read_by_their_headers(compare, tmp_path):
     assert model["disk_bytes"] > 60e9
     assert 58 < model["memory"][0]["total_bytes"] / 2**30 < 70
     assert open_model(folder).outline.caching_layers == 60
+
+
+def test_a_sidecar_beside_a_gguf_names_its_source(run, tmp_path):
+    """As `gguf-mixed sweep --keep` leaves them."""
+    text = small_config(**CACHE)["text_config"]
+    source, small = (write_gguf(tmp_path / f"{kind}.gguf", text, kind) for kind in ("F16", "Q4_0"))
+    model = {"bytes": source.stat().st_size, "header_sha256": header_sha256(read_inventory(source))}
+    sidecar = tmp_path / "Q4_0.txt.json"
+    sidecar.write_text(json.dumps({"model": model}))
+    assert "was made from" not in run("compare", source, small)[1]
+    sidecar.write_text(json.dumps({"model": {**model, "header_sha256": "c" * 64}}))
+    last = run("compare", source, small)[1].splitlines()[-1]
+    assert last == "Q4_0.gguf was made from files that are none of these, header cccccccc"
+    sidecar.write_text("{}")
+    assert run("compare", source, small)[2] == f"error: {sidecar}: damaged: KeyError: 'model'\n"
+
+
+def test_a_damaged_manifest_is_refused(run, int8, tmp_path):
+    shutil.copytree(int8, tmp_path / "copy")
+    manifest = tmp_path / "copy" / "gemma4q-manifest.json"
+    manifest.write_text('{"identity": "x"}')
+    code, _, err = run("compare", tmp_path / "copy")
+    assert code == 2 and err.startswith(f"error: {manifest}: damaged: AttributeError") and err.count("\n") == 1

@@ -18,6 +18,7 @@ from vllm_gemma4q.checkpoint import Checkpoint
 from vllm_gemma4q.checkpoint.header import read_json
 from vllm_gemma4q.checkpoint.reader import CONFIG
 from vllm_gemma4q.checkpoint.run import MANIFEST
+from vllm_gemma4q.errors import InputError
 
 if TYPE_CHECKING:
     from vllm_gemma4q.compare.model import Model
@@ -45,9 +46,16 @@ class Provenance:
 
 
 def of_checkpoint(checkpoint: Checkpoint) -> Provenance:
-    """From the manifest, where there is one."""
+    """From the manifest, where there is one. Raises InputError: it is damaged."""
     path = checkpoint.folder / MANIFEST
     manifest = read_json(path) if path.is_file() else {}
+    try:
+        return _of_manifest(checkpoint, manifest)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: damaged: {type(error).__name__}: {error}") from error
+
+
+def _of_manifest(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> Provenance:
     config = checkpoint.folder / CONFIG
     own = {shard.name: (shard.stat().st_size, None) for shard in checkpoint.shards}
     named = str(manifest.get("identity", {}).get("scheme"))
@@ -62,10 +70,17 @@ def of_checkpoint(checkpoint: Checkpoint) -> Provenance:
 
 
 def of_gguf(inventory: Inventory) -> Provenance:
-    """From the sidecar of the table that the file was written by, where it lies beside it."""
+    """From the sidecar of the table that the file was written by, where it lies beside it.
+
+    Raises:
+        InputError: the sidecar is damaged.
+    """
     path = inventory.path.with_suffix(".txt.json")
-    made_of = read_json(path).get("model") if path.is_file() else None
-    source = {_HEADER: (made_of["bytes"], made_of["header_sha256"])} if isinstance(made_of, dict) else None
+    try:
+        made_of = read_json(path)["model"] if path.is_file() else None
+        source = None if made_of is None else {_HEADER: (int(made_of["bytes"]), str(made_of["header_sha256"]))}
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: damaged: {type(error).__name__}: {error}") from error
     files = {_HEADER: (inventory.file_bytes, header_sha256(inventory))}
     return Provenance(None, files, source, source is None and not inventory.already_quantized)
 

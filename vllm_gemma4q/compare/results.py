@@ -108,17 +108,45 @@ def _read(path: Path) -> Results:
     document = read_json(path)
     try:
         if "run" in document and "strict" in document:
-            _ = document["run"]["questions"], document["flexible"]
-            return Gsm8kResults(path, document)
+            return _gsm8k(path, document)
         if document.get("format") == base_file.FORMAT and "models" in document:
-            return _gguf_divergence(path, document)
+            return _checked(_gguf_divergence(path, document))
         if document.get("format") == sweep_results.FORMAT:
-            return _gguf_sweep(path, document)
+            return _checked(_gguf_sweep(path, document))
         if "protocol" in document and ("checkpoints" in document or "points" in document):
-            return _evaluate(path, document)
+            return _checked(_evaluate(path, document))
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged: {type(error).__name__}: {error}, expected {_KINDS}") from error
     raise InputError(f"{path}: got keys {sorted(document)[:5]}, expected {_KINDS}")
+
+
+def _checked(results: TextResults) -> TextResults:
+    """Results that hold all that is read of them later. Raises KeyError or TypeError: they do not."""
+    _require(results.protocol, "context", "engine")
+    _require(results.protocol["engine"], "name")
+    for text in results.protocol["texts"]:
+        _require(text, "name")
+    for entry in results.entries:
+        for found in entry.perplexity.values():
+            _require(found, "value", "error", "positions")
+    for found in [
+        *results.noise_floor.values(),
+        *(each for entry in results.entries for each in entry.divergence.values()),
+    ]:
+        _require(found, "mean_kld", "error", "p99_kld", "same_top")
+    return results
+
+
+def _gsm8k(path: Path, document: Json) -> Gsm8kResults:
+    _require(document["run"]["questions"], "count")
+    for parse in ("strict", "flexible"):
+        _require(document[parse], "accuracy", "interval")
+    return Gsm8kResults(path, document)
+
+
+def _require(found: Json, *keys: str) -> None:
+    for key in keys:
+        _ = found[key]
 
 
 def _evaluate(path: Path, document: Json) -> TextResults:
