@@ -141,8 +141,7 @@ def write_base(
         text: UTF-8.
         chunks: how many of `context` tokens. The text must hold so many, and at least two.
         log: gets every line printed; the chunks' perplexities come as one line at the end.
-        options: more of them for llama-perplexity.
-        main_niceness: see `run_tool`.
+        options, main_niceness: more of llama-perplexity's; see `run_tool`.
 
     Raises:
         InputError: too little text, too few positions, the model is no GGUF, or llama-perplexity fails.
@@ -210,6 +209,8 @@ def parse_divergence(lines: Sequence[str], base: Base) -> Divergence:
     mean, mean_error = _pair(text, "Mean    KLD")
     same, same_error = _pair(text, "Same top p")
     perplexity, perplexity_error = _pair(text, "Mean PPL(Q)")
+    # A variance, of a model against itself by rounding below 0.
+    text = re.sub(r"^(Mean PPL\(Q\)/PPL\(base\) .*±) +-?nan", r"\1 0", text, flags=re.M)
     ratio, ratio_error = _pair(text, "Mean PPL(Q)/PPL(base)")
     return Divergence(
         mean_kld=mean,
@@ -248,8 +249,8 @@ def text_command(
     tool: Path, model: Path, text: Path, chunks: int, context: int = DEFAULT_CONTEXT, threads: int | None = None
 ) -> list[str]:
     """A run over the start of a text; of all of it where `chunks` is -1."""
-    command = [str(tool), "-m", str(model), "-f", str(text), "--chunks", str(chunks)]
-    return [*command, *_context_options(context), *inference_options(tool, threads)]
+    options = [*_context_options(context), *inference_options(tool, threads)]
+    return [str(tool), "-m", str(model), "-f", str(text), "--chunks", str(chunks), *options]
 
 
 def _context_options(context: int) -> list[str]:

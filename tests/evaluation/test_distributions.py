@@ -90,3 +90,32 @@ def test_perplexity_is_its_definition():
 def test_no_perplexity(values, message):
     with pytest.raises(ValueError, match=message):
         perplexity(np.array(values, np.float32))
+
+
+def test_padding_is_left_out(tables, tmp_path):
+    """Eight tokens that one file has more, of one in 100,000 together: as if they were not there."""
+    paths, (_p, q) = tables
+    padding = np.full((ROWS, 8), np.log(1e-5 / 8))
+    np.hstack([q + np.log1p(-1e-5), padding]).astype(np.float32).tofile(tmp_path / "wide")
+    expected = compare(*paths, VOCABULARY)
+    found = compare(paths[0], tmp_path / "wide", VOCABULARY, other_vocabulary=VOCABULARY + 8)
+    assert found.mean_kld == pytest.approx(expected.mean_kld, rel=1e-5)
+    assert found.same_top == expected.same_top
+    back = compare(tmp_path / "wide", paths[0], VOCABULARY + 8, other_vocabulary=VOCABULARY)
+    assert back.mean_kld == pytest.approx(compare(paths[1], paths[0], VOCABULARY).mean_kld, rel=1e-5)
+
+
+def test_tokens_that_are_used_are_no_padding(tables):
+    paths, _ = tables
+    table = np.fromfile(paths[1], np.float32).reshape(ROWS, VOCABULARY)
+    np.ascontiguousarray(table[:, :-7]).tofile(paths[1])
+    with pytest.raises(InputError, match=r"reference: tokens 90 to 96, .* hold \d\.\d\d% .* at most 0.1%"):
+        compare(*paths, VOCABULARY, other_vocabulary=VOCABULARY - 7)
+
+
+def test_a_floor(tables):
+    paths, (p, q) = tables
+    found = compare(*paths, VOCABULARY, floor=-6)
+    terms = np.where(p > -6, np.exp(p) * (p - q), 0)
+    assert found.mean_kld == pytest.approx(np.maximum(terms.sum(axis=1), 0).mean(), rel=1e-6)
+    assert found.mean_kld != compare(*paths, VOCABULARY).mean_kld

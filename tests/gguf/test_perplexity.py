@@ -191,3 +191,15 @@ def test_the_error_of_a_log():
     assert error_line(stamped) == "load: broken"
     assert error_line(["llama_model_loader: - kv 1: failed", "fine", "aborting"]) == "aborting"
     assert error_line(["fine"]) is None
+
+
+def test_no_error_of_a_ratio_to_itself(tool, base, small_gguf):
+    """Two nearly equal variances: what is left of them may be negative, and its root not a number."""
+    lines = []
+    found = measure(tool, small_gguf("dense"), base, lines.append)
+    (index,) = (index for index, line in enumerate(lines) if line.startswith("Mean PPL(Q)/PPL(base)"))
+    lines[index] = lines[index].partition("±")[0] + "±       -nan"
+    assert parse_divergence(lines, base).perplexity_ratio_error == 0
+    lines[index] = lines[index].replace(f"{found.perplexity_ratio:.6f}", "nan")
+    with pytest.raises(InputError, match="is nan, expected a finite number"):
+        parse_divergence(lines, base)
