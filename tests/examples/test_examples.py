@@ -25,6 +25,7 @@ SCRIPTS = sorted(EXAMPLES.glob("*.sh"))
 FOUR_CARDS, ONE_CARD, ANY_CARD = "serve_int8_4x24gb_rdna3.sh", "serve_int8_1x48gb.sh", "quantize_and_serve.sh"
 HOPPER = "serve_fp8_hopper.sh"
 PRUNED = ("prune_and_serve_int8.sh", "prune_to_gguf.sh")  # of which test_prune_examples.py tells more
+MULTI = "multi_node.sh"
 EXL3 = "quantize_exl3_and_serve.sh"  # of which tests/exl3/test_exl3_example.py tells more
 COMPARE = "compare.sh"  # of which tests/compare/test_compare_measured.py tells more
 MODEL = "a folder/with spaces"
@@ -94,7 +95,16 @@ def test_missing_checkpoint_is_a_usage_error(script: Path, tmp_path: Path) -> No
 
 
 def test_there_are_scripts() -> None:
-    assert {script.name for script in SCRIPTS} == {FOUR_CARDS, ONE_CARD, ANY_CARD, HOPPER, *PRUNED, EXL3, COMPARE}
+    assert {script.name for script in SCRIPTS} == {
+        FOUR_CARDS,
+        ONE_CARD,
+        ANY_CARD,
+        HOPPER,
+        *PRUNED,
+        EXL3,
+        COMPARE,
+        MULTI,
+    }
 
 
 def test_quantizes_what_is_not_a_checkpoint_into_an_error(tmp_path: Path) -> None:
@@ -135,6 +145,11 @@ def parsed(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, dict[str, A
             result, called = run_script(script, MODEL, *flags, folder=folder)
             assert result.returncode == 0, result.stderr
             lists[f"{script}: {label}"] = called
+    for rank in ("0", "1"):
+        arguments = [MODEL, "2", rank, "10.0.0.1", "--enable-expert-parallel"]
+        result, lists[f"{MULTI}: rank {rank}"] = run_script(MULTI, *arguments, folder=folder)
+        assert result.returncode == 0, result.stderr
+    lists[f"{MULTI}: by Ray"] = by_ray()[1:]
     process = subprocess.run(
         [sys.executable, "-c", PARSER], input=json.dumps(list(lists.values())), capture_output=True, text=True
     )
@@ -191,6 +206,37 @@ def test_vllm_reads_the_flags_as_meant(
 ) -> None:
     got = parsed[f"{script}: as it is"]
     assert {**expected, "model_tag": MODEL} == {key: got.get(key) for key in [*expected, "model_tag"]}
+
+
+def by_ray() -> list[str]:
+    """The command in the header of the script for several machines."""
+    lines = (EXAMPLES / MULTI).read_text().splitlines()
+    return next(line for line in lines if "--distributed-executor-backend" in line).removeprefix("#").split()
+
+
+@pytest.mark.engine
+def test_vllm_reads_the_flags_of_each_machine(parsed: Mapping[str, dict[str, Any]]) -> None:
+    shared = {
+        "model_tag": MODEL,
+        "tensor_parallel_size": 8,
+        "pipeline_parallel_size": 2,
+        "nnodes": 2,
+        "master_addr": "10.0.0.1",
+        "master_port": 29501,
+        "enable_expert_parallel": True,
+    }
+    for rank, headless in ((0, False), (1, True)):
+        got = parsed[f"{MULTI}: rank {rank}"]
+        expected = {**shared, "node_rank": rank, "headless": headless}
+        assert expected == {key: got.get(key) for key in expected}
+    got = parsed[f"{MULTI}: by Ray"]
+    expected = {
+        "distributed_executor_backend": "ray",
+        "tensor_parallel_size": 8,
+        "pipeline_parallel_size": 2,
+        "nnodes": 1,
+    }
+    assert expected == {key: got.get(key) for key in expected}
 
 
 @pytest.mark.engine

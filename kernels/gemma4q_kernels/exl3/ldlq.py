@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from gemma4q_kernels.exl3.format import BLOCK, TILE
+from gemma4q_kernels.exl3.ordered import cholesky, product
 
 # Of the mean of the diagonal, added to it. More where float32 finds no factor.
 DAMPING = (0.025, 0.1, 0.4)
@@ -36,8 +37,8 @@ def feedback_factor(moments: torch.Tensor) -> torch.Tensor:
     for damping in DAMPING:
         diagonal.add_((damping - added) * mean)
         added = damping
-        root, failed = torch.linalg.cholesky_ex(moments)
-        if not int(failed):
+        root = cholesky(moments)
+        if root is not None:
             return _with_unit_blocks(root)
     raise ValueError(
         f"hessian: no Cholesky factor with {DAMPING[-1]:g} of its mean diagonal added, expected second moments"
@@ -70,7 +71,7 @@ def encode_with_feedback(
     errors: torch.Tensor | None = None
 
     def from_later(rows: slice, later: slice) -> torch.Tensor | float:
-        return 0.0 if factor is None or errors is None else factor[later, rows].t() @ errors[later]
+        return 0.0 if factor is None or errors is None else product(factor[later, rows].t(), errors[later])
 
     for start in reversed(range(0, shape[0], BLOCK)):
         group = slice(start, start + BLOCK)

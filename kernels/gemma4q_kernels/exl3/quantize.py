@@ -3,7 +3,8 @@
 regularize -> the best scale, on a sample of tiles -> rotate the Hessian and factor it -> encode 16 inputs at a time,
 with feedback -> decode it all once, for the error that is reported.
 
-Deterministic on one machine. Memory beside the weight: about 5 copies in float32, and with a Hessian 4 of that.
+Deterministic on one machine, on CPUs however many threads there are. Memory beside the weight: about 5 copies in
+float32, and with a Hessian 4 of that.
 Not done: a choice of bits, or a second try with other signs.
 """
 
@@ -17,6 +18,7 @@ from gemma4q_kernels.exl3 import cpu
 from gemma4q_kernels.exl3.encode import choose_encoder, encode
 from gemma4q_kernels.exl3.format import BLOCK, TILE, Exl3Weight
 from gemma4q_kernels.exl3.ldlq import encode_with_feedback, feedback_factor
+from gemma4q_kernels.exl3.ordered import product
 from gemma4q_kernels.exl3.packing import width_of
 from gemma4q_kernels.exl3.reference import values
 from gemma4q_kernels.exl3.regularize import Regularized, regularize, rotate_hessian
@@ -164,11 +166,16 @@ def _errors(packed: Exl3Weight, dense: torch.Tensor, hessian: torch.Tensor | Non
     """`nmse` and `proxy` of `Quantized`; `dense` is [in, out]."""
     decoded = cpu.reconstruct(packed, torch.float32)[: dense.shape[0], : dense.shape[1]]
     error = decoded.sub_(dense)
-    nmse = _ratio(error.square().sum(dtype=torch.float64), dense.square().sum(dtype=torch.float64), 0.0)
+    nmse = _ratio(_total(error.square()), _total(dense.square()), 0.0)
     if hessian is None:
         return nmse, nmse
-    of_outputs = [((hessian @ each) * each).sum(dtype=torch.float64) for each in (error, dense)]
+    of_outputs = [_total(product(hessian, each) * each) for each in (error, dense)]
     return nmse, _ratio(of_outputs[0], of_outputs[1], nmse)
+
+
+def _total(values: torch.Tensor) -> torch.Tensor:
+    """The sum, by rows: each is one thread's, so it does not depend on how many there are."""
+    return values.sum(dim=1, dtype=torch.float64).sum()
 
 
 def _ratio(part: torch.Tensor, whole: torch.Tensor, otherwise: float) -> float:
