@@ -1,6 +1,8 @@
 """What differs between versions of vLLM: one function a difference, and which versions were tested.
 
     to 0.30    a mixture's experts live in a module of their own, `layers.N.moe.experts`      `checkpoint_module`
+    0.29       Quark's schemes are told what they are in Quark's own words, not in keys          `quark_linear_scheme`,
+                                                                                              `quark_experts_method`
     0.29       no weights that another process has prepared                                   `weights_are_prepared`
     0.29       one mapper of a checkpoint's names, not two                                    `has_checkpoint_mapper`
 
@@ -13,6 +15,8 @@ import os
 import re
 from collections.abc import Container
 from importlib import metadata
+from inspect import signature
+from typing import Any
 
 from vllm_gemma4q.architecture import Role, role_of
 from vllm_gemma4q.errors import InputError
@@ -98,3 +102,27 @@ def has_checkpoint_mapper(config: type) -> bool:
         config: vLLM's `QuantizationConfig`.
     """
     return hasattr(config, "get_checkpoint_weight_mapper")
+
+
+_QUARK_WEIGHT = {"dtype": "int8", "qscheme": "per_channel", "symmetric": True, "is_dynamic": False, "ch_axis": 0}
+_QUARK_INPUT = {"dtype": "int8", "qscheme": "per_channel", "symmetric": True, "is_dynamic": True}
+
+
+def quark_linear_scheme() -> Any:
+    """vLLM's scheme for linears with int8 weights a channel and int8 activations a token."""
+    from vllm.model_executor.layers.quantization.quark.schemes import QuarkW8A8Int8
+    from vllm.model_executor.layers.quantization.utils import quant_utils
+
+    if "qscheme" in signature(QuarkW8A8Int8).parameters:
+        return QuarkW8A8Int8("per_channel", is_static_input_scheme=False, input_symmetric=True)
+    return QuarkW8A8Int8(quant_utils.kInt8StaticChannelSym, quant_utils.kInt8DynamicTokenSym)
+
+
+def quark_experts_method(moe: Any) -> Any:
+    """vLLM's method for experts of the same scheme; `moe` is the layer's `FusedMoEConfig`."""
+    from vllm.model_executor.layers.quantization.quark.quark_moe import QuarkW8A8Int8MoEMethod
+    from vllm.model_executor.layers.quantization.utils import quant_utils
+
+    if "weight_config" in signature(QuarkW8A8Int8MoEMethod).parameters:
+        return QuarkW8A8Int8MoEMethod(_QUARK_WEIGHT, _QUARK_INPUT, moe)
+    return QuarkW8A8Int8MoEMethod(moe, quant_utils.kInt8StaticChannelSym, quant_utils.kInt8DynamicTokenSym)

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from vllm.model_executor.layers.quantization.quark.quark import QuarkLinearMethod
-from vllm.model_executor.layers.quantization.quark.schemes import QuarkW8A8Int8
-from vllm.model_executor.layers.quantization.utils.quant_utils import kInt8DynamicTokenSym, kInt8StaticChannelSym
 
+from vllm_gemma4q.compat import quark_linear_scheme
 from vllm_gemma4q.quark_int8 import kernels
 
 if TYPE_CHECKING:
@@ -20,5 +19,5 @@ if TYPE_CHECKING:
 def int8_linear_method(config: "QuarkInt8Config", layer: torch.nn.Module) -> QuarkLinearMethod:
     """The method for one linear; attaches the scheme to the layer, where `QuarkLinearMethod` looks for it."""
     kernels.register()
-    layer.scheme = QuarkW8A8Int8(kInt8StaticChannelSym, kInt8DynamicTokenSym)
+    layer.scheme = quark_linear_scheme()
     return QuarkLinearMethod(config)

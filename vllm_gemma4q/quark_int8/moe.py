@@ -13,11 +13,10 @@ from gemma4q_kernels.grouped_mm import Experts
 from vllm.model_executor.layers.fused_moe import FusedMoeWeightScaleSupported, RoutedExperts
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
-from vllm.model_executor.layers.quantization.quark.quark_moe import QuarkW8A8Int8MoEMethod
-from vllm.model_executor.layers.quantization.utils.quant_utils import kInt8DynamicTokenSym, kInt8StaticChannelSym
 from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
+from vllm_gemma4q.compat import quark_experts_method
 from vllm_gemma4q.moe_method import OwnMoEMethod
 from vllm_gemma4q.quark_int8 import kernels
 
@@ -32,7 +31,8 @@ def int8_experts_method(layer: RoutedExperts) -> FusedMoEMethodBase:
     moe = layer.moe_config
     if current_platform.is_cpu() and moe.moe_backend == "auto":
         return CpuInt8MoEMethod(moe)
-    return QuarkW8A8Int8MoEMethod(moe, kInt8StaticChannelSym, kInt8DynamicTokenSym)
+    method: FusedMoEMethodBase = quark_experts_method(moe)
+    return method
 
 
 class CpuInt8MoEMethod(OwnMoEMethod):
