@@ -123,7 +123,7 @@ def test_perplexity_alone_leaves_its_columns(checkpoint, divergence_file, tmp_pa
     path = tmp_path / "perplexity.json"
     path.write_text(json.dumps(document))
     text = card(checkpoint, "-o", "-", "--result", path).stdout
-    assert "| text as | tokens | perplexity |" in text and "KLD" not in text
+    assert "| text as | tokens | perplexity ± standard error |" in text and "KLD" not in text
 
 
 def test_another_models_figures_are_refused(checkpoint, divergence_file, gsm8k_file, tmp_path):

@@ -221,13 +221,13 @@ def test_refusals(int8, ggufs, report, tmp_path):
     mixed, base = ggufs
     page = tmp_path / "page.html"
     other = tmp_path / "result.json"
-    other.write_text(json.dumps({"protocol": {"windows": {}}, "checkpoints": {}}))
+    other.write_text(json.dumps({"protocol": {}}))
     cases = [
         ((tmp_path / "nothing",), "not a folder"),
         ((int8, "--base", int8), "got a quantized checkpoint, expected the BF16 one as --base"),
         ((int8, "--base", SMALL / "moe"), "--base: layer 0: got 16 experts, expected none"),
         ((int8, "--engine", "sglang"), "got an unknown engine"),
-        ((int8, "--result", other), "figures of nothing, expected of this checkpoint"),
+        ((int8, "--result", other), "result.json: damaged"),
         ((mixed, "--base", SMALL / "dense"), "expected an unquantized .gguf file"),
         ((base, "--base", mixed), None),
         ((mixed, "--base", mixed), "expected BF16, F16 or F32"),

@@ -17,6 +17,7 @@ from pathlib import PurePath
 from typing import Any
 
 from vllm_gemma4q.card.results import Measured, Measurement
+from vllm_gemma4q.card.text_table import text_table
 from vllm_gemma4q.compare.figures import engine_name
 from vllm_gemma4q.vram.engines import VLLM
 from vllm_gemma4q.vram.table import Row
@@ -175,18 +176,8 @@ def _conditions(measured: Measurement) -> str:
 
 
 def _text_table(measured: Measurement) -> str:
-    rows = []
-    for framing, ppl in measured.found.perplexity.items():
-        before = None if measured.reference is None else measured.reference.perplexity.get(framing)
-        original = "" if before is None else f"{before['value']:.4f}"
-        kld = measured.found.divergence.get(framing)
-        cells = ("", "", "") if kld is None else (
-            f"{kld['mean_kld']:.5f} ± {kld['error']:.5f}", f"{kld['p99_kld']:.5f}", f"{kld['same_top']:.2%}"
-        )  # fmt: skip
-        rows.append((framing, f"{ppl['positions']:,}", original, f"{ppl['value']:.4f} ± {ppl['error']:.4f}", *cells))
-    headings = ("text as", "tokens", "perplexity, original", "perplexity", "mean KLD, nats", "p99", "same top token")
-    filled = [index for index in range(len(headings)) if any(row[index] for row in rows)]
-    return _table([headings[index] for index in filled], [[row[index] for index in filled] for row in rows])
+    headings, rows = text_table(measured)
+    return _table(("text as", *headings), [(framing, *cells) for framing, cells in rows.items()])
 
 
 def _gsm8k_table(found: Mapping[str, Any]) -> str:

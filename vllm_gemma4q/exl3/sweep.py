@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from gguf_mixed.atomic_file import exclusive_folder, refusals, write_file
 from vllm_gemma4q.calibration.identity import model_identity
 from vllm_gemma4q.checkpoint import Checkpoint, open_checkpoint
 from vllm_gemma4q.checkpoint.convert import Conversion, convert
@@ -55,11 +56,12 @@ class Sweep:
         """Write and measure all points; returns what `results.json` holds.
 
         Raises:
-            InputError: the source is bad, a checkpoint cannot be written, or the engine died.
+            InputError: the source is bad, a file cannot be written, another run is here, or the engine died.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
-        results = self._earlier()
-        with self._recordings():
+        with refusals(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
+        with exclusive_folder(self._folder), self._recordings():
+            results = self._earlier()
             for options in points:
                 name = name_of(options)
                 model = self._write(options, self._folder / name, command)
@@ -84,7 +86,7 @@ class Sweep:
         if self._reference is None:
             self._say("the original: measuring")
             self._reference = self._protocol.run(self._source.folder, self._folder / LOG, self._folder / _REFERENCE)
-            results["reference"] = self._reference.to_json()
+            results["reference"] = {"model": model_identity(self._source), **self._reference.to_json()}
         other = self._protocol.run(target, self._folder / LOG, self._folder / _OTHER)
         return other.to_json(self._protocol.compare(self._reference, other))
 
@@ -99,9 +101,7 @@ class Sweep:
         return found if same else empty
 
     def _save(self, results: dict[str, Any]) -> None:
-        partial = self._folder / f"{RESULTS}.partial"
-        partial.write_text(json.dumps(results, indent=2) + "\n")
-        partial.replace(self._folder / RESULTS)
+        write_file(self._folder / RESULTS, json.dumps(results, indent=2) + "\n")
 
     @contextmanager
     def _recordings(self) -> Iterator[None]:

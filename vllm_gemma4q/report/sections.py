@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_gemma4q.card.results import Measured, Measurement
+from vllm_gemma4q.card.text_table import text_table
 from vllm_gemma4q.doctor.diagnose import Diagnosis, Verdict
 from vllm_gemma4q.doctor.engines import Engine
 from vllm_gemma4q.doctor.finding import Finding
@@ -121,12 +122,6 @@ class TextRow:
     cells: Sequence[str]
 
 
-TEXT_HEADINGS = (
-    "tokens", "perplexity, original", "perplexity ± standard error", "mean KLD ± standard error, nats", "p99 KLD",
-    "same top token",
-)  # fmt: skip
-
-
 @dataclass(frozen=True)
 class ScoreRow:
     """One parse of GSM8K's answers; `low` and `high` are percent."""
@@ -160,21 +155,8 @@ def _text_table(measured: Measurement) -> tuple[str, Sequence[str], Sequence[Tex
     engine = " ".join(str(measured.engine[key]) for key in ("name", "version") if key in measured.engine)
     texts = ", ".join(text["name"] for text in protocol["texts"])
     conditions = f"{texts}, windows of {protocol['context']} tokens, {engine}"
-    rows = [(framing, _text_cells(measured, framing)) for framing in measured.found.perplexity]
-    filled = [index for index in range(len(TEXT_HEADINGS)) if any(cells[index] for _, cells in rows)]
-    headings = [TEXT_HEADINGS[index] for index in filled]
-    return conditions, headings, [TextRow(framing, [cells[index] for index in filled]) for framing, cells in rows]
-
-
-def _text_cells(measured: Measurement, framing: str) -> list[str]:
-    found = measured.found.perplexity[framing]
-    reference = None if measured.reference is None else measured.reference.perplexity.get(framing)
-    original = "" if reference is None else f"{reference['value']:.4f}"
-    cells = [f"{found['positions']:,}", original, f"{found['value']:.4f} ± {found['error']:.4f}"]
-    kld = measured.found.divergence.get(framing)
-    if kld is None:
-        return [*cells, "", "", ""]
-    return [*cells, f"{kld['mean_kld']:.5f} ± {kld['error']:.5f}", f"{kld['p99_kld']:.5f}", f"{kld['same_top']:.2%}"]
+    headings, rows = text_table(measured)
+    return conditions, headings, [TextRow(framing, cells) for framing, cells in rows.items()]
 
 
 def _score_rows(found: Mapping[str, Any]) -> list[ScoreRow]:
