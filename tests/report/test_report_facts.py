@@ -227,7 +227,7 @@ def test_refusals(int8, ggufs, report, tmp_path):
         ((int8, "--base", int8), "got a quantized checkpoint, expected the BF16 one as --base"),
         ((int8, "--base", SMALL / "moe"), "--base: layer 0: got 16 experts, expected none"),
         ((int8, "--engine", "sglang"), "got an unknown engine"),
-        ((int8, "--result", other), "result.json: damaged"),
+        ((int8, "--result", other), "result.json: got keys ['protocol'], expected what gemma4q evaluate"),
         ((mixed, "--base", SMALL / "dense"), "expected an unquantized .gguf file"),
         ((base, "--base", mixed), None),
         ((mixed, "--base", mixed), "expected BF16, F16 or F32"),
