@@ -95,10 +95,14 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", port: int, log: Path) 
 def last_error(log: Path) -> str:
     """The line of the log that says what went wrong: a traceback's last line, else the log's."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [index for index, line in enumerate(lines) if "Error" in line and _STARTUP not in line]
+    errors = [index for index, line in enumerate(lines) if "Error" in line and not _names_no_reason(line)]
     if not errors:
         return f"{(lines or ['nothing printed'])[-1].strip()} (see {log})"
     found = lines[errors[-1]].strip()
     if "validation error" in found:  # pydantic's, whose reason is on the next line
         found = " ".join([found, *lines[errors[-1] + 1 : errors[-1] + 2]]).partition(" [type=")[0]
     return f"{' '.join(found.split())} (see {log})"
+
+
+def _names_no_reason(line: str) -> bool:
+    return _STARTUP in line or line.lstrip().startswith("raise ")
