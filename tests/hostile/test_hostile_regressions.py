@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gemma4q_kernels.ggml import GGMLQuantizationType
 from gemma4q_kernels.int8_scaled_mm import tiles
 from hostile import seeds
 from hostile.test_hostile_corpus import run
@@ -99,7 +100,7 @@ def test_doctor_of_strange_tensors(case, quantization, tmp_path, capsys, monkeyp
     folder = write_checkpoint(tmp_path / "a", {**small_config(), "quantization_config": quantization})
     with_tensor(folder, *TENSORS[case])
     code, out, err = run(capsys, monkeypatch, "gemma4q", "doctor", folder)
-    assert ((code, err) == (1, "") and "would not load" in out) or "loads" in out
+    assert code in (0, 1) and err == "" and "vllm 0.32.0 on GPU: " in out
 
 
 @pytest.mark.parametrize(
@@ -153,8 +154,6 @@ def test_sidecar(case, tmp_path):
 def test_a_planned_type_that_rows_cannot_have(tmp_path):
     model = seeds.gguf_model()
     (tmp_path / "m.gguf").write_bytes(model.to_bytes())
-    from gemma4q_kernels.ggml import GGMLQuantizationType
-
     types = dict.fromkeys((tensor.name for tensor in model.tensors), GGMLQuantizationType.Q4_K)
     with pytest.raises(InputError, match="planned as Q4_K: rows of"):
         find_differences(tmp_path / "m.gguf", types, None)
