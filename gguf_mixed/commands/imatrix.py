@@ -9,7 +9,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gguf_mixed.errors import InputError
 from gguf_mixed.imatrix import Imatrix, ImatrixEntry
 from gguf_mixed.imatrix_gguf import read_imatrix, write_imatrix
 from gguf_mixed.roles import ranges
@@ -29,7 +28,7 @@ def command(
     """Show what an imatrix was computed on, and which experts it never saw; make one of calibration statistics."""
     imatrix = read_as_imatrix(file) if is_statistics(file) else read_imatrix(file)
     if write is not None:
-        _write(imatrix, write)
+        write_imatrix(imatrix, write)
     if as_json:
         print(json.dumps(_report(file, imatrix)))
         return
@@ -42,13 +41,6 @@ def command(
     missing = [name for name, entry in imatrix.entries.items() if len(entry.counts) == 1 and entry.never_used]
     if missing:
         print(f"without any data: {', '.join(missing)}")
-
-
-def _write(imatrix: Imatrix, path: Path) -> None:
-    try:
-        write_imatrix(imatrix, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def _chunk_size(imatrix: Imatrix) -> str:
