@@ -26,9 +26,10 @@ SERVE = """
 import sys
 from vllm import LLM, SamplingParams
 if __name__ == "__main__":
-    small = {"enforce_eager": True, "max_model_len": 256, "max_num_seqs": 2}
-    llm = LLM(sys.argv[1], limit_mm_per_prompt={"image": 0, "video": 0, "audio": 0}, **small)
-    outputs = llm.generate([{"prompt_token_ids": [2, 20, 21, 22]}], SamplingParams(temperature=0, max_tokens=4))
+    small = {"enforce_eager": True, "max_model_len": 512, "max_num_seqs": 16, "enable_prefix_caching": False}
+    llm = LLM(sys.argv[1], limit_mm_per_prompt={"image": 1, "video": 0, "audio": 0}, **small)
+    sampling = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": list(range(20, 60))}], sampling)
     print("answered", len(outputs[0].outputs[0].token_ids))
 """
 # What vLLM tries by itself: its own statistics, and a datagram socket, never written to, that tells its own address.
