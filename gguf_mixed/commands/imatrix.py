@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gguf_mixed.errors import one_line
 from gguf_mixed.imatrix import Imatrix, ImatrixEntry
 from gguf_mixed.imatrix_gguf import read_imatrix, write_imatrix
 from gguf_mixed.roles import ranges
@@ -34,13 +35,13 @@ def command(
         return
     print(f"{file}: {len(imatrix.entries)} entries, {imatrix.chunk_count} chunks of {_chunk_size(imatrix)}")
     for dataset in imatrix.datasets:
-        print(f"computed on: {dataset}")
+        print(one_line(f"computed on: {dataset}"))
     experts = {name: entry for name, entry in imatrix.entries.items() if len(entry.counts) > 1}
     if experts:
         Console().print(_expert_table(experts))
     missing = [name for name, entry in imatrix.entries.items() if len(entry.counts) == 1 and entry.never_used]
     if missing:
-        print(f"without any data: {', '.join(missing)}")
+        print(one_line(f"without any data: {', '.join(missing)}"))
 
 
 def _chunk_size(imatrix: Imatrix) -> str:
@@ -75,7 +76,7 @@ def _expert_table(experts: dict[str, ImatrixEntry]) -> Table:
     table.add_column("never visited")
     for name, entry in experts.items():
         table.add_row(
-            name,
+            one_line(name),
             str(len(entry.counts)),
             str(int(entry.counts.min())),
             f"{np.median(entry.counts):g}",

@@ -178,6 +178,12 @@ def test_statistics_whose_metadata_is_none(tmp_path, key, value):
         read_statistics(tmp_path / "s")
 
 
+def test_an_imatrix_that_would_clear_the_terminal(tmp_path, capsys, monkeypatch):
+    (tmp_path / "i").write_bytes(seeds.legacy_imatrix().replace(b"a.txt", b"\x1b[2Ja"))
+    code, out, _ = run(capsys, monkeypatch, "gguf-mixed", "imatrix", tmp_path / "i")
+    assert code == 0 and "computed on: \\x1b[2Ja" in out
+
+
 def test_a_layer_of_thousands_of_digits():
     with pytest.raises(InputError, match="expected a number of at most 3 digits"):
         n_layers_of([f"model.layers.{'9' * 5000}.mlp"])
