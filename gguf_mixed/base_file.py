@@ -13,6 +13,7 @@ from pathlib import Path
 from rich.filesize import decimal
 
 from gguf_mixed import strict_json
+from gguf_mixed.atomic_file import write_file
 from gguf_mixed.errors import InputError
 from gguf_mixed.identity import file_sha256, first_difference, model_sha256, named
 from gguf_mixed.llama_cpp import Log
@@ -85,7 +86,7 @@ def ensure_base(comparison: Comparison, path: Path, say: Log) -> Base:
         )
     say(f"base file {path}: {size:,} bytes ({decimal(size)}), made by running {comparison.reference.name}")
     # First the record: killed in between, it describes a file that is not there, and never is a file without one.
-    record_path(path).write_text(json.dumps(expected, indent=1) + "\n", encoding="utf-8")
+    write_file(record_path(path), json.dumps(expected, indent=1) + "\n")
     options = {"chunks": comparison.chunks, "context": comparison.context, "threads": comparison.threads}
     return write_base(comparison.tool, comparison.reference, comparison.text, path, **options)  # type: ignore[arg-type]
 

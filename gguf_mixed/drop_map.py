@@ -7,13 +7,13 @@ anew from 0. Beside a map lies `<name>.summary.json`: how it was made.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 from gguf_mixed import strict_json
+from gguf_mixed.atomic_file import write_file
 from gguf_mixed.errors import InputError
 
 
@@ -120,19 +120,6 @@ def write_drop_map(path: Path, retained: RetainedExperts, summary: Mapping[str, 
         InputError: the folder is not there or cannot be written to.
     """
     counts = {"num_experts": retained.num_experts, "kept_per_layer": list(retained.counts)}
-    _write(summary_path(path), json.dumps({**counts, **summary}, indent=2) + "\n")
+    write_file(summary_path(path), json.dumps({**counts, **summary}, indent=2) + "\n")
     lines = [f"{json.dumps(layer)}: {json.dumps(ids)}" for layer, ids in retained.to_json().items()]
-    _write(path, "{\n" + ",\n".join(f"  {line}" for line in lines) + "\n}\n")
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
+    write_file(path, "{\n" + ",\n".join(f"  {line}" for line in lines) + "\n}\n")

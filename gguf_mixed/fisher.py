@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from gguf_mixed import strict_json
+from gguf_mixed.atomic_file import write_file
 from gguf_mixed.errors import InputError
 from gguf_mixed.sensitivity import Sensitivity, TensorSensitivity
 from gguf_mixed.tensors import Tensor
@@ -54,18 +55,13 @@ class Fisher:
 
 
 def write_fisher(path: Path, fisher: Fisher) -> None:
-    """Write a file; it appears only when it is complete."""
+    """Write a file; it appears only when it is complete. Raises InputError: see `write_file`."""
     arrays = {
         f"{name}.{part}": np.ascontiguousarray(getattr(found, part), np.float32)
         for name, found in fisher.marginals.items()
         for part in ("rows", "columns")
     }
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save_file(arrays, partial, metadata(fisher.positions, fisher.details))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_file(path, save(arrays, metadata(fisher.positions, fisher.details)))
 
 
 def metadata(positions: int, details: Mapping[str, object]) -> dict[str, str]:

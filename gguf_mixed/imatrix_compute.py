@@ -5,6 +5,7 @@ Not done: continuing an earlier one (`llama-imatrix --in-file`), the legacy form
 
 from pathlib import Path
 
+from gguf_mixed.atomic_file import replacing
 from gguf_mixed.errors import InputError
 from gguf_mixed.imatrix import Imatrix
 from gguf_mixed.imatrix_gguf import read_imatrix
@@ -47,15 +48,14 @@ def compute_imatrix(
     if most < 1 or context < 1:
         raise InputError(f"{most} chunks of {context} tokens: at least one of each is needed")
     inventory = read_inventory(model)
-    partial = output.with_name(output.name + ".partial.gguf")  # some builds choose the format by this ending
-    command = [str(tool), "-m", str(model), "-f", str(text), "-o", str(partial), "--chunks", str(most), "--no-ppl"]
+    command = [str(tool), "-m", str(model), "-f", str(text), "--chunks", str(most), "--no-ppl"]
     command += ["--ctx-size", str(context), "--batch-size", str(context)]
     command += ["--process-output"] if process_output else []
     command += ["--parse-special"] if parse_special else []
     command += inference_options(tool, threads)
-    try:
-        lines = run_tool(command, log)
-        if not partial.exists():
+    with replacing(output, ".partial.gguf") as partial:  # some builds choose the format by this ending
+        lines = run_tool([*command, "-o", str(partial)], log)
+        if not partial.exists() or not partial.stat().st_size:
             raise InputError(f"llama-imatrix: wrote nothing: {error_line(lines) or 'no error printed'}")
         imatrix = read_imatrix(partial)
         imatrix.matches(inventory)
@@ -63,8 +63,4 @@ def compute_imatrix(
             raise InputError(
                 f"{text.name}: too small: {imatrix.chunk_count} chunks of {context} tokens, asked were {chunks}"
             )
-        partial.replace(output)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
     return imatrix

@@ -13,6 +13,7 @@ import numpy as np
 from gemma4q_kernels.ggml import GGMLQuantizationType
 from gguf import GGUFWriter
 
+from gguf_mixed.atomic_file import replacing
 from gguf_mixed.errors import InputError
 from gguf_mixed.header import MAX_NAME_BYTES, Header, TensorEntry, read_header
 from gguf_mixed.imatrix import Floats, Imatrix, ImatrixEntry
@@ -51,28 +52,27 @@ def write_imatrix(imatrix: Imatrix, path: Path) -> None:
     has no chunk size and counts in chunks, so 1 is written.
 
     Raises:
-        InputError: no entries, or a name too long for ggml.
+        InputError: no entries, a name too long for ggml, or see `replacing`.
     """
     if not imatrix.entries:
         raise InputError(f"{path.name}: an imatrix without entries cannot be written")
-    partial = path.with_name(path.name + ".partial")
-    writer = _Writer(partial, arch="")
-    writer.add_type("imatrix")
-    writer.add_array("imatrix.datasets", list(imatrix.datasets or (UNKNOWN_DATASET,)))
-    writer.add_uint32("imatrix.chunk_count", imatrix.chunk_count)
-    writer.add_uint32("imatrix.chunk_size", imatrix.chunk_size or 1)
-    for name, entry in sorted(imatrix.entries.items()):
-        if len((name + _SUMS).encode()) > MAX_NAME_BYTES:
-            raise InputError(f"tensor {name}: too long a name: with {_SUMS}, ggml allows {MAX_NAME_BYTES} bytes")
-        writer.add_tensor(name + _SUMS, entry.sums)
-        writer.add_tensor(name + _COUNTS, entry.counts[:, None].astype(np.float32))
-        if entry.totals is not None:
-            writer.add_tensor(name + _TOTALS, entry.totals)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    partial.replace(path)
+    with replacing(path) as partial:
+        writer = _Writer(partial, arch="")
+        writer.add_type("imatrix")
+        writer.add_array("imatrix.datasets", list(imatrix.datasets or (UNKNOWN_DATASET,)))
+        writer.add_uint32("imatrix.chunk_count", imatrix.chunk_count)
+        writer.add_uint32("imatrix.chunk_size", imatrix.chunk_size or 1)
+        for name, entry in sorted(imatrix.entries.items()):
+            if len((name + _SUMS).encode()) > MAX_NAME_BYTES:
+                raise InputError(f"tensor {name}: too long a name: with {_SUMS}, ggml allows {MAX_NAME_BYTES} bytes")
+            writer.add_tensor(name + _SUMS, entry.sums)
+            writer.add_tensor(name + _COUNTS, entry.counts[:, None].astype(np.float32))
+            if entry.totals is not None:
+                writer.add_tensor(name + _TOTALS, entry.totals)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
 
 
 def _read_gguf(path: Path) -> Imatrix:

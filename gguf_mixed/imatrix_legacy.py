@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gguf_mixed.atomic_file import write_file
 from gguf_mixed.errors import InputError
 from gguf_mixed.imatrix import Imatrix, ImatrixEntry
 
@@ -56,7 +57,7 @@ def write_legacy(imatrix: Imatrix, path: Path) -> tuple[str, ...]:
         parts += [*_text(name), _I32.pack(calls), _I32.pack(entry.sums.size)]
         parts.append((entry.weights * np.float32(calls)).astype("<f4").tobytes())
     parts += [_I32.pack(imatrix.chunk_count), *_text(imatrix.datasets[-1] if imatrix.datasets else "")]
-    path.write_bytes(b"".join(parts))
+    write_file(path, b"".join(parts))
     return tuple(name for name in imatrix.entries if name not in kept)
 
 

@@ -114,8 +114,8 @@ def measure(
     check_source(inventory, imatrix)
     asked = quantizers.types if types is None else types
     tensors = [tensor for tensor in inventory.tensors.values() if not tensor.kept_because]
-    kept = ErrorCache(cache)
     library = hashlib.sha256(quantizers.library.read_bytes()).digest()
+    kept = ErrorCache(cache)
 
     found: dict[str, list[ErrorRow]] = {}
     waiting: dict[int, tuple[_Job, str]] = {}
@@ -135,7 +135,11 @@ def measure(
                 bar.update()
 
     done = (workers or Threads(threads)).run(_sums, missing(), lambda _: None)
-    with tqdm(total=len(tensors), unit="tensor", disable=not progress) as bar, contextlib.closing(done):
+    with (
+        contextlib.closing(kept),
+        tqdm(total=len(tensors), unit="tensor", disable=not progress) as bar,
+        contextlib.closing(done),
+    ):
         for place, sums in done:
             job, digest = waiting.pop(place)
             sums = kept.get(job.tensor.name, digest) | sums

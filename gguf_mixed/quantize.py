@@ -21,6 +21,7 @@ import numpy.typing as npt
 from gemma4q_kernels.ggml import GGMLQuantizationType
 from gguf.constants import GGML_QUANT_VERSION, LlamaFileType
 
+from gguf_mixed.atomic_file import PARTIAL, exclusive, put_in_place, refusals
 from gguf_mixed.errors import InputError
 from gguf_mixed.file_size import metadata_changes, predict_size
 from gguf_mixed.header import Scalar
@@ -179,7 +180,7 @@ def build_command(
 
 def partial_path(output: Path) -> Path:
     """Where the output is written until it is verified."""
-    return output.with_name(output.name + ".partial")
+    return output.with_name(output.name + PARTIAL)
 
 
 def check_source(job: Job, allow_requantize: bool) -> None:
@@ -231,15 +232,15 @@ def write_and_verify(job: PlannedFile, output: Path, write: Callable[[Path], obj
         Differences from the plan. Where there are any, the partial file is left for inspection.
 
     Raises:
-        InputError: what was written is not a GGUF file, see `find_differences`.
+        InputError: what was written is not a GGUF file, see `find_differences`; another run is writing this output.
     """
-    partial = partial_path(output)
-    try:
-        write(partial)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    differences = find_differences(partial, job.written, job.file_type, job.file_bytes)
-    if not differences:
-        partial.replace(output)
+    with refusals(output), exclusive(output) as partial:
+        try:
+            write(partial)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        differences = find_differences(partial, job.written, job.file_type, job.file_bytes)
+        if not differences:
+            put_in_place(partial, output)
     return differences

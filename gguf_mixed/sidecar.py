@@ -11,6 +11,7 @@ from typing import Any
 from gemma4q_kernels.ggml import GGMLQuantizationType, type_name
 
 from gguf_mixed import strict_json
+from gguf_mixed.atomic_file import write_file
 from gguf_mixed.errors import InputError
 from gguf_mixed.overrides import OverrideTable
 from gguf_mixed.quantize import Job
@@ -94,14 +95,13 @@ def header_sha256(inventory: Inventory) -> str:
 
 
 def write_plan(path: Path, table: OverrideTable, content: Mapping[str, Any]) -> None:
-    """Write a table and its sidecar; each appears only when it is complete."""
-    for target, text in (
-        (sidecar_path(path), json.dumps(content, indent=1, ensure_ascii=False) + "\n"),
-        (path, table.text),
-    ):
-        partial = target.with_name(target.name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(target)
+    """Write a table, and its sidecar first: a kill in between leaves a table that is refused, not one unexplained.
+
+    Raises:
+        InputError: see `write_file`.
+    """
+    write_file(sidecar_path(path), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_file(path, table.text)
 
 
 def read_sidecar(table_path: Path, table: OverrideTable) -> dict[str, Any] | None:

@@ -3,8 +3,9 @@
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from gguf_mixed.atomic_file import replacing
 from gguf_mixed.errors import InputError
 from gguf_mixed.sweep_tiers import OPTIMAL
 
@@ -46,22 +47,20 @@ def plot(results: Mapping[str, Any], title: str, path: Path) -> bool:
     return True
 
 
-def save(figure: Any, path: Path) -> None:
-    """Write a figure as a PNG, which appears only when it is whole; no display is needed.
+def save(figure: Any, target: Path | BinaryIO) -> None:
+    """Write a figure as a PNG to a stream, or to a file, which appears only when it is whole; no display is needed.
 
     Raises:
-        InputError: `path` cannot be written.
+        InputError: the file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     FigureCanvasAgg(figure)
-    partial = path.with_name(path.name + ".partial")
-    try:
+    if not isinstance(target, Path):
+        figure.savefig(target, format="png")
+        return
+    with replacing(target) as partial:
         figure.savefig(partial, format="png")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def _draw_optimal(axes: Any, entries: Sequence[Mapping[str, Any]]) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gguf_mixed import strict_json
+from gguf_mixed.atomic_file import write_file
 from gguf_mixed.errors import InputError
 from gguf_mixed.identity import first_difference
 
@@ -45,10 +46,8 @@ class Results:
         }
 
     def save(self) -> None:
-        """Write the file; it appears only when it is complete."""
-        partial = self.path.with_name(self.path.name + ".partial")
-        partial.write_text(json.dumps(self.content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(self.path)
+        """Write the file; it appears only when it is complete. Raises InputError: see `write_file`."""
+        write_file(self.path, json.dumps(self.content, indent=1, ensure_ascii=False) + "\n")
 
 
 def open_results(folder: Path, inputs: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> Results:

@@ -45,8 +45,5 @@ def command(
         "length": length,
     }
     found = backward.compute_fisher(loaded, samples, details, seed, sys.stderr.isatty())
-    try:
-        write_fisher(output, found)
-    except OSError as error:
-        raise InputError(f"{output}: cannot be written: {error.strerror}") from error
+    write_fisher(output, found)
     print(f"{output}: {len(found.marginals)} tensors, {found.positions:,} positions, {details['framing']}")

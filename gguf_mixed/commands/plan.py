@@ -92,10 +92,7 @@ def command(
         choice, described = find_recipe(recipe)(material), FIXED_RULE
     job = Job(inventory, override_table(inventory, choice.types), material.imatrix, imatrix)
     content = describe(job, choice.types, recipe.lower(), choice.details, described, divergence, errors)
-    try:
-        write_plan(output, job.table, content)
-    except OSError as error:
-        raise InputError(f"{output}: cannot be written: {error.strerror}") from error
+    write_plan(output, job.table, content)
     if as_json:
         print(json.dumps(content))
         return

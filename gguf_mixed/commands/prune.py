@@ -48,7 +48,7 @@ def command(
         check_output(prune, output, overwrite)
         _write(prune, output, sys.stderr.isatty())
         if sliced is not None and imatrix_output is not None:
-            _write_imatrix(sliced, imatrix_output)
+            write_imatrix(sliced, imatrix_output)
     report = _report(prune, output, source, sliced, imatrix_output, dry_run)
     if prune.inventory.header_only:
         print(f"note: {model.name} is only a header, and so is what comes of it", file=sys.stderr)
@@ -85,13 +85,6 @@ def _write(prune: Prune, output: Path, progress: bool) -> None:
     differences = write_and_verify(prune, output, lambda path: write_pruned(prune, path, progress))
     if differences:
         raise InputError(f"{partial_path(output)}: not as planned: {differences[0]}")
-
-
-def _write_imatrix(imatrix: Imatrix, path: Path) -> None:
-    try:
-        write_imatrix(imatrix, path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def _report(

@@ -21,9 +21,6 @@ def command(
     weighed, unchanged = weigh_imatrix(source, read_fisher(fisher))
     if len(unchanged) == len(source.entries):
         raise InputError(f"{fisher.name}: of another model: covers no tensor of {imatrix.name}")
-    try:
-        write_imatrix(weighed, output)
-    except OSError as error:
-        raise InputError(f"{output}: cannot be written: {error.strerror}") from error
+    write_imatrix(weighed, output)
     rest = f", {len(unchanged)} as they were ({', '.join(unchanged)})" if unchanged else ""
     print(f"{output}: {len(source.entries) - len(unchanged)} entries weighed{rest}")

@@ -1,5 +1,6 @@
 """The measured error table: against sums made another way, sampling, the cache, and refusals."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -237,7 +238,8 @@ def test_a_named_folder_without_the_library_is_refused(tmp_path):
 def test_a_damaged_cache_is_refused(tmp_path):
     path = tmp_path / "errors.jsonl"
     ErrorCache(path).add("a", "1", {"Q8_0": 0.5})
-    assert ErrorCache(path).get("a", "1") == {"Q8_0": 0.5} and ErrorCache(path).get("a", "2") == {}
+    with contextlib.closing(ErrorCache(path)) as cache:
+        assert cache.get("a", "1") == {"Q8_0": 0.5} and cache.get("a", "2") == {}
     path.write_text(path.read_text() + "{}\n")
     with pytest.raises(InputError, match="damaged: b'{}'; remove it"):
         ErrorCache(path)

@@ -21,6 +21,7 @@ from gemma4q_kernels.int8_scaled_mm.tiles import Provenance, Row, Tile, TileTabl
 from gemma4q_kernels.int8_scaled_mm.triton import launch
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from gguf_mixed.atomic_file import write_file
 from vllm_gemma4q.benchmark.candidates import Band, choices
 from vllm_gemma4q.benchmark.search import Choice, Problem, rows_of
 from vllm_gemma4q.benchmark.shapes import Experts, Shape
@@ -207,9 +208,7 @@ def write_table(folder: Path, table: TileTable) -> Path:
     content = table.model_dump(mode="json", exclude={"rows"})
     rows = ",\n    ".join(json.dumps(row.model_dump(mode="json", exclude_defaults=True)) for row in table.rows)
     head = json.dumps(content, indent=2).removesuffix("\n}")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(f'{head},\n  "rows": [\n    {rows}\n  ]\n}}\n')
-    temporary.replace(path)
+    write_file(path, f'{head},\n  "rows": [\n    {rows}\n  ]\n}}\n')
     if load(path) != table:
         raise ValueError(f"{path}: reads back as another table than was written")
     return path

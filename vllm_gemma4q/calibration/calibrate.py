@@ -115,9 +115,12 @@ def calibrate(
         InputError: a file holds something else, the work folder is another run's, or the source is bad.
     """
     assert (fisher is not None) == bool(calibration.passes)
-    if not work.exists() and _is_there(calibration, target, fisher):
-        return False
     decoder, samples, identity = calibration.decoder, calibration.samples.ids, calibration.identity()
+    if _is_there(calibration, target, fisher):
+        if work.exists():  # killed while it was removed
+            with Work(work, identity) as parts:
+                parts.complete()
+        return False
     with Work(work, identity) as parts:
         kept = calibration.differentiated
         Forward(decoder, samples, parts, calibration.limit, calibration.hessians, kept, progress).run()

@@ -32,9 +32,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from gguf_mixed import strict_json
+from gguf_mixed.atomic_file import write_file
 from vllm_gemma4q.errors import InputError
 
 Array = npt.NDArray[Any]
@@ -222,19 +223,14 @@ def read_statistics(path: Path) -> Statistics:
 def write_statistics(
     path: Path, arrays: Mapping[str, Array], stored_as: Mapping[str, str], details: Mapping[str, object]
 ) -> None:
-    """Write a file that fits in memory; it appears only when it is complete.
+    """Write a file that fits in memory twice; it appears only when it is complete. Raises InputError: see `write_file`.
 
     Args:
         arrays: by name in the file, see `as_arrays`.
         stored_as: from every linear to the name of its set.
         details: JSON values.
     """
-    partial = path.with_name(path.name + ".partial")
-    try:
-        save_file(dict(arrays), partial, metadata(stored_as, details))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_file(path, save(dict(arrays), metadata(stored_as, details)))
 
 
 def metadata(stored_as: Mapping[str, str], details: Mapping[str, object]) -> dict[str, str]:

@@ -4,9 +4,7 @@
 layer's sums as safetensors. Activations lie beside the parts, under their final name only when they are whole.
 """
 
-import contextlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +14,7 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
+from gguf_mixed.atomic_file import replacing
 from vllm_gemma4q.calibration.statistics import Array
 from vllm_gemma4q.calibration.weights import TORCH_DTYPES
 from vllm_gemma4q.checkpoint.header import DTYPE_BYTES, TensorInfo, read_header, write_header
@@ -61,6 +60,11 @@ class Work:
     def part(self, name: str) -> Path:
         """Where a finished part lies."""
         return self.folder / f"{name}.safetensors"
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of every finished part, by the file's name."""
+        return {name: file.sha256 for name, file in self._run.finished.items()}
 
     def activations(self, name: str) -> Path:
         """Where activations lie."""
@@ -115,20 +119,10 @@ def join_parts(path: Path, parts: Sequence[Path], metadata: Mapping[str, str]) -
     """
     tensors = [tensor for part in parts for tensor in read_header(part).values()]
     tensors.sort(key=lambda tensor: (-DTYPE_BYTES[tensor.dtype], tensor.name))
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(_header(tensors, metadata))
-            for tensor in tensors:
-                file.writelines(_blocks(tensor))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise WriteError(f"{path}: cannot be written: {error.strerror}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open("wb") as file:
+        file.write(_header(tensors, metadata))
+        for tensor in tensors:
+            file.writelines(_blocks(tensor))
 
 
 def _header(tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) -> bytes:

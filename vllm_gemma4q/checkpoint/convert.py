@@ -80,7 +80,7 @@ class Conversion:
             **({"settings": dict(self.settings)} if self.settings else {}),
             **({"read": _stamps(self.reads)} if self.reads else {}),
         }
-        return identity if self.base is None else {**identity, "base": _stamps(self.base.shards)}
+        return identity if self.base is None else {**identity, "base": self.base.digests or _stamps(self.base.shards)}
 
 
 def _decided(step: Step, is_from_source: bool) -> list[Any]:

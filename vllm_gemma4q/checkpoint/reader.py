@@ -4,7 +4,7 @@ Only headers are read; tensor bytes are streamed by `rewrite.py`. Weights in pic
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,16 @@ PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One checkpoint. `tensors` is ordered by shard name, then by position in the shard."""
+    """One checkpoint. `tensors` is ordered by shard name, then by position in the shard.
+
+    `digests` are the shards' SHA-256 by name, where something vouches for them.
+    """
 
     folder: Path
     config: Mapping[str, Any]
     shards: tuple[Path, ...]
     tensors: Mapping[str, TensorInfo]
+    digests: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_checkpoint(folder: Path | str) -> Checkpoint:

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
+from gguf_mixed.atomic_file import WriteError, flush
 from gguf_mixed.tasks import TaskLost
 from vllm_gemma4q.checkpoint.direct_io import DirectWriter
 from vllm_gemma4q.checkpoint.hashing import HashingWriter
@@ -30,10 +31,6 @@ _PARTIAL = ".partial"
 _REFUSALS = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
 )
-
-
-class WriteError(InputError):
-    """The target cannot be written: unlike other bad input, this may be mended and the run resumed."""
 
 
 # Of bad input, what says nothing against what is finished.
@@ -121,7 +118,7 @@ class Run:
         """Give a file its name that `writing_partial` has written, under the same `attempt`, here or elsewhere."""
         with _as_input_error(self.target / file.name):
             _partial(self.target, file.name, attempt).replace(self.target / file.name)
-            self._sync_folder()
+            flush(self.target)
         self.finished[file.name] = file
 
     def record(self, name: str, notes: Mapping[str, Any] | None = None) -> None:
@@ -138,7 +135,7 @@ class Run:
         """Remove the journal: the target is done."""
         self._drop_partial()
         (self.target / JOURNAL).unlink()
-        self._sync_folder()
+        flush(self.target)
 
     def _create_folder(self) -> None:
         missing = [path for path in (self.target, *self.target.parents) if not path.exists()]
@@ -158,6 +155,9 @@ class Run:
         self._journal.seek(0)
         lines = self._journal.read().split(b"\n")[:-1]  # what follows the last newline was cut by a kill
         if not lines:
+            if any(path.name != JOURNAL for path in self.target.iterdir()):
+                (self.target / JOURNAL).unlink()  # just made: the run that was here has finished since we looked
+                raise InputError(f"{self.target}: not empty, and not an unfinished run of this command")
             self._journal.truncate(0)
             self._append(self.identity)
             return
@@ -190,13 +190,6 @@ class Run:
             (self.target / name).unlink(missing_ok=True)
         for path in reversed(self._created):
             path.rmdir()
-
-    def _sync_folder(self) -> None:
-        descriptor = os.open(self.target, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 @contextlib.contextmanager

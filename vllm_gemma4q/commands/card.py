@@ -2,13 +2,14 @@
 
 import json
 import sys
-import tempfile
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from gguf_mixed.atomic_file import write_file
 from gguf_mixed.sweep_plot import require_matplotlib
 from vllm_gemma4q.checkpoint import open_checkpoint
 from vllm_gemma4q.checkpoint.header import read_json
@@ -105,17 +106,15 @@ def _manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
-def _write(path: Path, text: bytes, picture: Path | None, draw: Callable[[Path], None]) -> None:
+def _write(path: Path, text: bytes, picture: Path | None, draw: Callable[[BytesIO], None]) -> None:
     """The card, and its picture first; nothing where one of them would take the place of another file."""
     files = {path: text}
     if picture is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            draw(drawn := Path(folder, picture.name))
-            files = {picture: drawn.read_bytes(), **files}
+        draw(drawn := BytesIO())
+        files = {picture: drawn.getvalue(), **files}
     for target, content in files.items():
         if target.exists() and target.read_bytes() != content:
             raise InputError(f"{target}: exists and is another; remove it, or choose another name with --output")
     for target, content in files.items():
-        partial = target.with_name(f"{target.name}.partial")
-        partial.write_bytes(content)
-        partial.replace(target)
+        if not target.exists():
+            write_file(target, content)

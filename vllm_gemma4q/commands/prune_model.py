@@ -21,6 +21,7 @@ from vllm_gemma4q.pruned_moe.select import best
 if TYPE_CHECKING:  # transformers, which only these need
     from vllm_gemma4q.calibration.decoder import Decoder
     from vllm_gemma4q.calibration.texts import Samples
+    from vllm_gemma4q.calibration.work import Work
     from vllm_gemma4q.pruned_moe.judge import Verdict
 
 _PROBE_SAMPLES = 16
@@ -96,19 +97,26 @@ class PrunedModel:
 
     def refit(self, retained: RetainedExperts, folder: Path) -> Checkpoint:
         """The refitted tensors, in a work folder that the caller removes; one of the same refit is taken up."""
-        from vllm_gemma4q.calibration.identity import decoder_identity
-        from vllm_gemma4q.calibration.work import Work
         from vllm_gemma4q.pruned_moe.refit import Refit, refitted
         from vllm_gemma4q.pruned_moe.streams import Variant
 
-        samples = self._samples
-        chosen = {"retained": retained.to_json(), "options": asdict(self._options)}
-        identity = {**decoder_identity(self._decoder), "texts": self.details(), **chosen}
-        with Work(folder, identity) as work:
-            job = Refit(self._decoder, Variant(retained, options=self._options), samples.ids, work)
+        with self._work(retained, folder) as work:
+            job = Refit(self._decoder, Variant(retained, options=self._options), self._samples.ids, work)
             with _token_bar(job.n_steps, "refit") as bar:
                 job.run(bar.update)
             return refitted(work, self._decoder)
+
+    def drop_refit(self, retained: RetainedExperts, folder: Path) -> None:
+        """Remove the work folder of this refit. Raises InputError: it is of another, or another run is in it."""
+        with self._work(retained, folder) as work:
+            work.complete()
+
+    def _work(self, retained: RetainedExperts, folder: Path) -> "Work":
+        from vllm_gemma4q.calibration.identity import decoder_identity
+        from vllm_gemma4q.calibration.work import Work
+
+        chosen = {"retained": retained.to_json(), "options": asdict(self._options)}
+        return Work(folder, {**decoder_identity(self._decoder), "texts": self.details(), **chosen})
 
     def details(self) -> dict[str, Any]:
         """What the refit runs on, for the manifest."""

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -49,13 +48,15 @@ class Writing:
         details = {**provenance, "refit": model.details()}
         request = self._request(details)
         if _is_done(target, request):
+            if folder.exists():  # killed while it was removed
+                model.drop_refit(self.retained, folder)
             return unfitted, False
         for place in (target, folder):
             refuse_inside(place, self.source.folder)
             check_takes_run(place)
         conversion = self._plan(model.refit(self.retained, folder), {**details, _REQUEST: request})
         written = _write(conversion, target)
-        shutil.rmtree(folder)
+        model.drop_refit(self.retained, folder)
         return conversion, written
 
     def _plan(self, weights: Checkpoint | None, provenance: Mapping[str, Any]) -> Conversion:

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from gguf_mixed.atomic_file import write_file
 from vllm_gemma4q.errors import InputError
 
 
@@ -33,12 +34,7 @@ def command(
         raise InputError(f"--output {output}: expected a name that ends in .html")
     found = facts.collect(checkpoint, base, result or [], engine)
     text = render(found)
-    partial = output.with_name(f"{output.name}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(output)
-    except OSError as error:
-        raise InputError(f"{output}: cannot be written: {error.strerror or error}") from error
+    write_file(output, text)
     if as_json:
         print(json.dumps({"report": str(output), **facts.as_json(found)}))
     else:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from vllm_gemma4q.compare.figures import (
     Gsm8kGroup,
@@ -66,13 +66,13 @@ class Comparison:
             if any(group.is_reference(model) or model in drawable(group, self.models) for group in groups)
         ]
 
-    def plot(self, groups: Sequence[TextGroup], path: Path) -> None:
+    def plot(self, groups: Sequence[TextGroup], target: Path | BinaryIO) -> None:
         """Write the picture of groups with points.
 
         Raises:
-            InputError: `path` cannot be written.
+            InputError: the file cannot be written.
         """
-        plot(groups, self.models, self.schemes, self.tokens, path)
+        plot(groups, self.models, self.schemes, self.tokens, target)
 
 
 def compare(paths: Sequence[Path], results: Sequence[Path], context: str | None) -> Comparison:

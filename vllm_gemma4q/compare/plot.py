@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from gguf_mixed.sweep_plot import save
 from vllm_gemma4q.compare.figures import Figures, TextGroup
@@ -57,7 +57,13 @@ def drawable(group: TextGroup, models: Sequence[Model]) -> list[Model]:
     return [model for model in models if any(_shown(kind, group, model) for kind in _KINDS)]
 
 
-def plot(groups: Sequence[TextGroup], models: Sequence[Model], schemes: Sequence[str], tokens: int, path: Path) -> None:
+def plot(
+    groups: Sequence[TextGroup],
+    models: Sequence[Model],
+    schemes: Sequence[str],
+    tokens: int,
+    target: Path | BinaryIO,
+) -> None:
     """Write a PNG of groups, one above the other; each has a point at least.
 
     Args:
@@ -65,7 +71,7 @@ def plot(groups: Sequence[TextGroup], models: Sequence[Model], schemes: Sequence
         tokens: the context that memory is for.
 
     Raises:
-        InputError: `path` cannot be written.
+        InputError: the file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -87,7 +93,7 @@ def plot(groups: Sequence[TextGroup], models: Sequence[Model], schemes: Sequence
     figure.set_layout_engine("none")
     for axes, labels, lines in to_label:
         place(axes, labels, lines)
-    save(figure, path)
+    save(figure, target)
 
 
 def _draw_group(

@@ -232,7 +232,7 @@ def refitted(work: Work, decoder: Decoder) -> Checkpoint:
     """`..experts.down_proj` [E, hidden, width] of every layer that loses experts, as a finished refit left them."""
     paths = tuple(work.part(layer_part(index)) for index in range(decoder.n_layers))
     tensors = {name: tensor for path in paths for name, tensor in read_header(path).items()}
-    return Checkpoint(work.folder, {}, paths, tensors)
+    return Checkpoint(work.folder, {}, paths, tensors, work.digests)
 
 
 def _down_proj(decoder: Decoder, index: int) -> str:

@@ -114,10 +114,14 @@ class Streams:
     def __init__(self, decoder: Decoder, samples: Sequence[Sequence[int]], n_variants: int, limit: int):
         self._decoder, self._samples = decoder, samples
         layout = layout_of(decoder, samples)
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
-        if layout.n_bytes * n_variants > limit:
-            self._folder = tempfile.TemporaryDirectory(prefix="gemma4q-")
-        self._hidden = [self._new(number) for number in range(n_variants)]
+        self._hidden: list[Hidden]
+        if layout.n_bytes * n_variants <= limit:
+            self._hidden = [Activations(layout) for _ in range(n_variants)]
+            return
+        # Open files without a name: a killed process leaves none behind.
+        with tempfile.TemporaryDirectory(prefix="gemma4q-") as folder:
+            paths = (Path(folder) / f"variant-{number}.bin" for number in range(n_variants))
+            self._hidden = [StoredActivations(path, layout, new=True) for path in paths]
 
     def __enter__(self) -> "Streams":
         for number, ids in enumerate(self._samples):
@@ -126,8 +130,6 @@ class Streams:
 
     def __exit__(self, *error: object) -> None:
         self._hidden.clear()
-        if self._folder is not None:
-            self._folder.cleanup()
 
     def get(self, variant: int, sample: int) -> torch.Tensor:
         """[tokens, hidden], on the decoder's device."""
@@ -136,9 +138,3 @@ class Streams:
     def put(self, variant: int, sample: int, values: torch.Tensor) -> None:
         """What enters the next layer."""
         self._hidden[variant].put(sample, values)
-
-    def _new(self, number: int) -> Hidden:
-        layout = layout_of(self._decoder, self._samples)
-        if self._folder is None:
-            return Activations(layout)
-        return StoredActivations(Path(self._folder.name) / f"variant-{number}.bin", layout, new=True)
