@@ -1,6 +1,7 @@
 """What differs between versions of vLLM: one function a difference, and which versions were tested.
 
     to 0.30    a mixture's experts live in a module of their own, `layers.N.moe.experts`      `checkpoint_module`
+    0.31       one expert's 3-D tensor is taken for that of all experts                       `exl3/mend.py`
     0.29       Quark's schemes are told what they are in Quark's own words, not in keys          `quark_linear_scheme`,
                                                                                               `quark_experts_method`
     0.29       no weights that another process has prepared                                   `weights_are_prepared`

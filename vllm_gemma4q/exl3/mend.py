@@ -1,7 +1,7 @@
 """Tensors of EXL3 checkpoints, turned into what this plugin's methods load while they stream by.
 
-Packed signs of old files become float16; markers of codebooks, whose presence the headers told, are dropped. One
-tensor at a time; nothing here needs vLLM.
+Packed signs of old files become float16; markers of codebooks, whose presence the headers told, are dropped; trellises
+of experts are two-dimensional on the way. One tensor at a time; nothing here needs vLLM.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,8 +10,8 @@ import torch
 from gemma4q_kernels.exl3 import unpack_signs
 
 from vllm_gemma4q.errors import InputError
-from vllm_gemma4q.exl3.facts import INPUT_SIGNS, MARKERS, OUTPUT_SIGNS, PACKED_SIGNS, Facts
-from vllm_gemma4q.module_headers import relative_name
+from vllm_gemma4q.exl3.facts import INPUT_SIGNS, MARKERS, OUTPUT_SIGNS, PACKED_SIGNS, TRELLIS, Facts
+from vllm_gemma4q.module_headers import is_one_expert, relative_name
 
 
 def mend(weights: Iterable[tuple[str, torch.Tensor]], facts: Facts) -> Iterator[tuple[str, torch.Tensor]]:
@@ -29,4 +29,5 @@ def mend(weights: Iterable[tuple[str, torch.Tensor]], facts: Facts) -> Iterator[
         elif leaf not in MARKERS:
             if leaf in (INPUT_SIGNS, OUTPUT_SIGNS) and not bool(tensor.isfinite().all()):
                 raise InputError(f"tensor {name}: got NaN or infinity, expected finite numbers")
-            yield name, tensor
+            # vLLM 0.31 takes any 3-D tensor for that of all experts; `moe.py` gives the shape back.
+            yield name, tensor.flatten(1) if leaf == TRELLIS and is_one_expert(name) else tensor
