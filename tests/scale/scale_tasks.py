@@ -12,6 +12,8 @@ from vllm_gemma4q.checkpoint import OutputTensor, Step
 from vllm_gemma4q.checkpoint.convert import Conversion
 from vllm_gemma4q.checkpoint.steps import Computed
 
+PAUSE = 2  # seconds
+
 
 class Stubborn(Exception):
     def __reduce__(self):
@@ -66,6 +68,6 @@ def plan(source, began=None):
 def column_sums(began, rows, progress):
     if began is not None:
         (began / f"{node()}.{len(rows)}.{os.getpid()}").touch()
-        time.sleep(1)
+        time.sleep(PAUSE)
     progress(rows.nbytes)
     return Computed([rows.float().sum(dim=0)], {})

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from gemma4q_kernels.ggml.quantize import Quantizers, find_library
 from safetensors.torch import save_file
 from scale_runs import CONVERSIONS, content, run, write_sources
 
+from gguf_mixed.atomic_file import WriteError
 from gguf_mixed.errors import InputError
 from gguf_mixed.measure import measure
 from gguf_mixed.sensitivity import role_prior
@@ -21,7 +23,6 @@ from gguf_mixed.tasks.options import with_address
 from gguf_mixed.tensors import read_inventory
 from vllm_gemma4q.checkpoint import open_checkpoint
 from vllm_gemma4q.checkpoint.convert import convert
-from vllm_gemma4q.checkpoint.run import WriteError
 
 sys.path.append(str(Path(__file__).parents[1] / "gguf"))
 from gguf_files import small_moe, write_gguf
@@ -128,8 +129,13 @@ def test_a_node_is_killed_half_way(cluster, workers, tmp_path):
     began, target, killed = tmp_path / "began", tmp_path / "target", []
     began.mkdir()
 
+    def is_in_a_task(node):
+        began_at = [path.stat().st_mtime for path in began.glob(f"{node}.*")]
+        return bool(began_at) and time.time() - max(began_at) < 0.6 * scale_tasks.PAUSE
+
     def progress(_):
-        if not killed and len(list(target.glob("*.safetensors"))) >= 2:
+        finished = len(list(target.glob("*.safetensors")))
+        if not killed and finished >= 2 and is_in_a_task(cluster.other.node_id):
             killed.append(cluster.other.node_id)
             cluster.remove_node(cluster.other, allow_graceful=False)
 

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from gguf_mixed.atomic_file import WriteError
 from gguf_mixed.tasks import Attempt, Executor
 from vllm_gemma4q.checkpoint.hashing import HashingReader
 from vllm_gemma4q.checkpoint.rewrite import Progress, write_shard
-from vllm_gemma4q.checkpoint.run import FinishedFile, Run, WriteError, writing_partial
+from vllm_gemma4q.checkpoint.run import FinishedFile, Run, writing_partial
 from vllm_gemma4q.checkpoint.steps import Shard
 
 _DISTRIBUTIONS = ("vllm-gemma4q", "torch", "numpy", "numba")
