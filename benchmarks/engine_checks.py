@@ -59,7 +59,7 @@ def _ask_alone(request: Request) -> Answers | EngineError:
 def reason(log: str) -> str:
     """The last line that names an exception, or the last line."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"(?:\(.*?\) )?[\w.]*(?:Error|Exception)\b", line)]
+    named = [line for line in lines if re.match(r"(?:[\[(].*?[\])]:? )*[\w.]*(?:Error|Exception)\b", line)]
     return (named or lines or ["no output"])[-1][:300]
 
 

@@ -6,10 +6,12 @@ Checkpoints of the small trained models, made by our own commands, are served by
 other version, in an environment of its own (`environment/engine_version.py`). A cell is "equal" where the greedy
 answers to eight chats are those under the locked version and next-token distributions over four texts diverge from
 them by less than `engine_answers.SAME`; else "differs", or "fails". Versions that do not install keep pip's reason.
+Results of versions that are not asked again are kept.
 About five minutes a version on two cores. Results: benchmarks/results/engine_versions.json; the tables on stdout.
 """
 
 import argparse
+import json
 import shutil
 import sys
 import tempfile
@@ -135,6 +137,9 @@ def main() -> None:
         work.mkdir(parents=True, exist_ok=True)
         vllm = serve_versions(arguments.versions, work, arguments.remove)
         transformers = calibrate_versions(arguments.transformers, work, arguments.remove)
+    if OUTPUT.exists():  # what was not asked again stays
+        before = json.loads(OUTPUT.read_text())
+        vllm, transformers = before["vllm"] | vllm, before["transformers_ranges"] | transformers
     head = on_this_cpu(arguments.loaded, "transformers")
     write(OUTPUT, {**head, "vllm": vllm, "transformers_ranges": transformers})
     print(markdown(vllm, transformers))
