@@ -169,6 +169,10 @@ def _others() -> dict[str, Family]:
     fisher, model = Path("fisher.safetensors"), seeds.gguf_model().to_bytes()
     results = {"format": "gguf-mixed sweep 1", "inputs": {"model": {"name": "m", "sha256": "0"}}, "evaluation": None,
                "skipped": {}, "tiers": [{"name": "q4", "file_bytes": 1, "bpw": 4.5}]}  # fmt: skip
+    replies = [{"format": "gemma4q gsm8k 1", "identity": {"questions": {"count": 1, "sha256": "0"}}},
+               {"question": 0, "expected": "4", "text": "4", "finish_reason": "stop", "tokens": 1,
+                "error": None}]  # fmt: skip
+    journal = [readers.IDENTITY, {"name": "model.safetensors", "n_bytes": 4, "sha256": "0", "notes": {}}]
 
     def write_fisher(rng: Random, target: Path) -> None:
         seeds.write_fisher(target / fisher)
@@ -180,6 +184,12 @@ def _others() -> dict[str, Family]:
         "fisher": Family(200, 0, write_fisher, [refusing(readers.fisher)]),
         "sweep results": Family(200, 0, _of_bytes("results.json", _json(results), mangle_json),
         [refusing(readers.sweep_results)]),
+        "questions": Family(200, 0, _of_lines("questions.jsonl", seeds.QUESTIONS), [readers.QUESTIONS]),
+        "replies": Family(200, 0, _of_lines("results.jsonl", _lines(replies)), [readers.GSM8K_RESULTS]),
+        "journal": Family(
+            300, 0, _of_lines(".gemma4q-run.jsonl", _lines(journal), {"model.safetensors": b"abcd"}),
+            [refusing(readers.journal)],
+        ),
         "tile table": Family(
             300, 0, _of_bytes("sm_90.json", (CONFIGS / "sm_90.json").read_bytes(), mangle_json),
             [refusing(readers.tile_table, ValueError)],
@@ -189,6 +199,10 @@ def _others() -> dict[str, Family]:
 
 def _json(value: Any) -> bytes:
     return json.dumps(value).encode()
+
+
+def _lines(values: Sequence[Any]) -> bytes:
+    return b"".join(_json(value) + b"\n" for value in values)
 
 
 def _damaged(

@@ -4,6 +4,7 @@ A reader takes the folder with the hostile files and the one it may write to, an
 what a function raises for bad input into what a command makes of it.
 """
 
+import shutil
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -29,7 +30,12 @@ from vllm_gemma4q.calibration.identity import check_same_model
 from vllm_gemma4q.calibration.statistics import read_statistics
 from vllm_gemma4q.checkpoint import open_checkpoint
 from vllm_gemma4q.checkpoint.header import read_header, read_json
+from vllm_gemma4q.checkpoint.run import Run
 from vllm_gemma4q.errors import InputError
+from vllm_gemma4q.evaluation.gsm8k.questions import digest, read_questions
+from vllm_gemma4q.evaluation.gsm8k.results import read_results
+
+IDENTITY = {"scheme": "quark-int8", "plan": "0" * 64}
 
 
 def preload() -> None:
@@ -84,6 +90,8 @@ INVENTORY = one(lambda path: list(read_inventory(path).tensors.values()), "model
 DROP_MAP = one(lambda path: read_drop_map(path, 8, 3, 2), "drop.json")
 DIVERGENCES = one(measured_table, "kld.csv")
 BASE_FILE = one(read_base, "base")
+QUESTIONS = one(lambda path: digest(read_questions(path)), "questions.jsonl")
+GSM8K_RESULTS = one(lambda path: read_results(path).check_complete(), "results.jsonl")
 
 
 def fisher(given: Path, _: Path) -> None:
@@ -138,3 +146,17 @@ def plan_of_model(given: Path, _: Path) -> None:
 def tile_table(given: Path, _: Path) -> None:
     """A tile table that a user tuned."""
     tiles.load(given / "sm_90.json").plan(17, 4096, 4096)
+
+
+def journal(given: Path, target: Path) -> None:
+    """A run that resumes by somebody's journal; one that is refused leaves no more than it found."""
+    folder = target / "run"
+    shutil.copytree(given, folder)
+    try:
+        with Run(folder, IDENTITY) as run:
+            run.write_bytes("config.json", b"{}")
+            run.complete()
+    except InputError:
+        assert {path.name for path in folder.iterdir()} <= {path.name for path in given.iterdir()}
+        shutil.rmtree(folder)
+        raise

@@ -146,6 +146,9 @@ def write_fisher(path: Path) -> None:
 
 
 DROP_MAP = json.dumps({str(layer): [layer, 3] for layer in range(3)}).encode()
+QUESTIONS = b"".join(
+    json.dumps({"question": f"What is {n} + {n}?", "answer": f"#### {2 * n}"}).encode() + b"\n" for n in range(3)
+)
 DIVERGENCES = b"QTYPE,token_embd.weight,blk.0.attn_q.weight\nQ8_0,0.0001,0.0001\nQ2_K,0.5,0.25\n"
 ERROR_CACHE = b'{"gguf-mixed error cache": 1}\n{"tensor": "a", "digest": "d", "sums": {"Q4_K": 0.5}}\n'
 BASE_FILE = b"_logits_" + struct.pack("<Iii", 512, 16, 1) + bytes(4 * 512) + bytes(2 * 20 * 255)

@@ -13,11 +13,12 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
+from gguf_mixed import strict_json
 from gguf_mixed.atomic_file import WriteError, flush
 from gguf_mixed.tasks import TaskLost
 from vllm_gemma4q.checkpoint.direct_io import DirectWriter
@@ -161,15 +162,34 @@ class Run:
             self._journal.truncate(0)
             self._append(self.identity)
             return
-        if json.loads(lines[0]) != self.identity:
-            changed = _changed_keys(json.loads(lines[0]), self.identity)
+        found = [self._parsed(number, line) for number, line in enumerate(lines, 1)]
+        if found[0] != self.identity:
+            changed = _changed_keys(found[0], self.identity)
             raise InputError(f"{self.target}: holds an unfinished run with another {changed}; remove it to start anew")
         self._journal.truncate(sum(len(line) + 1 for line in lines))
-        for line in lines[1:]:
-            file = FinishedFile(**json.loads(line))
+        for number, value in enumerate(found[1:], 2):
+            file = self._finished(number, value)
             path = self.target / file.name
             if Path(file.name).name == file.name and path.is_file() and path.stat().st_size == file.n_bytes:
                 self.finished[file.name] = file
+
+    def _parsed(self, number: int, line: bytes) -> Any:
+        try:
+            return strict_json.parse(line)
+        except ValueError as error:
+            raise self._damaged(number, str(error)) from error
+
+    def _finished(self, number: int, value: Any) -> FinishedFile:
+        kinds = {field.name: kind for field, kind in zip(fields(FinishedFile), (str, int, str, dict), strict=True)}
+        if not isinstance(value, dict) or {"notes", *value} != kinds.keys():
+            raise self._damaged(number, f"expected the keys {', '.join(kinds)}")
+        for key, kind in kinds.items():
+            if key in value and type(value[key]) is not kind:
+                raise self._damaged(number, f"{key}: got {type(value[key]).__name__}, expected {kind.__name__}")
+        return FinishedFile(**value)
+
+    def _damaged(self, number: int, why: str) -> InputError:
+        return InputError(f"{self.target / JOURNAL}: line {number}: damaged: {why}; remove the folder to start anew")
 
     def _append(self, value: Mapping[str, Any]) -> None:
         assert self._journal is not None

@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,7 +65,7 @@ def command(
     comparison = of_models(models, results, None)
     groups = comparison.drawable_beside(models[0])
     picture = path.with_suffix(".png") if path is not None and groups else None
-    text = Card(
+    card = Card(
         title=title or checkpoint.resolve().name,
         manifest=manifest,
         results=of_checkpoint(results, models[0].sha256),
@@ -74,7 +75,9 @@ def command(
         licence=licence,
         picture=None if picture is None else picture.name,
         beside=[model.name for model in comparison.shown_in(groups) if model is not models[0]],
-    ).markdown()
+    )
+    with _damaged_is_bad_input():
+        text = card.markdown()
     for line in comparison.origins:
         print(f"note: {line}", file=sys.stderr)
     if path is None:
@@ -101,9 +104,20 @@ def _manifest(checkpoint: Path) -> dict[str, Any]:
     if not (checkpoint / MANIFEST).is_file():
         raise InputError(f"{checkpoint}: has no {MANIFEST}, expected a checkpoint that gemma4q wrote")
     manifest = read_json(checkpoint / MANIFEST)
-    if manifest["identity"]["scheme"] not in SCHEMES:
-        raise InputError(f"{MANIFEST}: got scheme {manifest['identity']['scheme']}, expected {', '.join(SCHEMES)}")
+    with _damaged_is_bad_input():
+        scheme = manifest["identity"]["scheme"]
+        if scheme not in SCHEMES:
+            raise InputError(f"{MANIFEST}: got scheme {scheme}, expected {', '.join(SCHEMES)}")
     return manifest
+
+
+@contextmanager
+def _damaged_is_bad_input() -> Iterator[None]:
+    """The manifest is a file that anybody may have changed: what it lacks is one line."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{MANIFEST}: damaged: {type(error).__name__}: {error}") from error
 
 
 def _write(path: Path, text: bytes, picture: Path | None, draw: Callable[[BytesIO], None]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gguf_mixed import strict_json
 from vllm_gemma4q.errors import InputError
 
 _MARK = "#### "
@@ -58,8 +59,8 @@ def digest(questions: Sequence[Question]) -> str:
 
 def _parse(line: str, where: str) -> Question:
     try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
+        value = strict_json.parse(line.encode())
+    except ValueError as error:
         raise InputError(f"{where}: {error}, expected a JSON object") from error
     if not isinstance(value, dict):
         raise InputError(f"{where}: got {type(value).__name__}, expected a JSON object")

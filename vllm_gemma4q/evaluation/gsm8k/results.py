@@ -16,6 +16,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from gguf_mixed import strict_json
 from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.evaluation.gsm8k.answers import Outcome, Parse, Reply, outcome
 
@@ -157,7 +158,7 @@ def _parse(path: Path, lines: list[bytes]) -> Results:
 
 def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(line)
+        value = strict_json.parse(line)
     except ValueError:
         value = None
     if not isinstance(value, dict):
