@@ -1,0 +1,38 @@
+"""What all crash tests share: inputs, a chat server, and a process that forks runs of both commands."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from crash_cases import CASES, cases, write_inputs
+from crash_runs import Case, Server, serving
+from gsm8k_server import Chat
+from gsm8k_server import serving as chatting
+
+SEED = int(os.environ.get("GEMMA4Q_CRASH_SEED", "0"))
+KILLS = int(os.environ.get("GEMMA4Q_CRASH_KILLS", "50"))
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all inputs."""
+    return write_inputs(tmp_path_factory.mktemp("crash"))
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def known(made: Path) -> Iterator[dict[str, Case]]:
+    """Every case by its name."""
+    with chatting(Chat()) as url:
+        yield {case.name: case for case in cases(made, url)}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest, known: dict[str, Case]) -> Case:
+    return known[request.param]

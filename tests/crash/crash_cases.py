@@ -1,0 +1,178 @@
+"""The commands that write, each on something so small that an unbroken run takes about a second or less."""
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from crash_runs import Case
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path += [str(TESTS / name) for name in ("gguf", "compare", "restore", "exl3", "evaluation")]
+
+import prune_models
+from compare_files import CACHE, text_results
+from compare_files import write_gguf as write_compared
+from damage import change_quantization, load, quantize_towers, store
+from exl3_runs import FULL, tiny_config
+from gsm8k_server import write_questions
+from llama_quantize import imatrix_of, small_model
+from made_statistics import write_for
+from quantize_runs import T
+from synthetic import small_config, write_checkpoint, write_json
+
+from gguf_mixed.fisher import Fisher, Marginals, write_fisher
+from gguf_mixed.imatrix_gguf import write_imatrix
+from gguf_mixed.overrides import override_table
+from gguf_mixed.quantize import Job
+from gguf_mixed.sidecar import describe, write_plan
+from gguf_mixed.tensors import read_inventory
+from vllm_gemma4q.checkpoint import open_checkpoint
+from vllm_gemma4q.checkpoint.convert import convert
+from vllm_gemma4q.fp8_static import quantize as fp8_static
+from vllm_gemma4q.quark_int8 import quantize as quark_int8
+
+EXAMPLES = TESTS.parent / "examples" / "small_gemma4"
+SHARDS = ("--max-shard-size", "60kB")
+# Names of all cases: tests are collected before there are inputs.
+CASES = (
+    "calibrate",
+    "calibrate --hessians --fisher",
+    "quantize quark-int8",
+    "quantize fp8-static",
+    "quantize exl3",
+    "restore",
+    "prune",
+    "prune with refit",
+    "card",
+    "compare --plot",
+    "report",
+    "vram --plot",
+    "evaluate gsm8k",
+    "plan",
+    "quantize by ggml",
+    "prune a GGUF",
+    "imatrix --write",
+    "weigh-imatrix",
+    "sweep",
+)
+TEXT = "A layer reads what the layer before it wrote, and nothing else.\n" * 40
+
+
+def write_inputs(folder: Path) -> Path:
+    """All that the cases read."""
+    import numpy as np
+
+    write_checkpoint(folder / "base", small_config(**CACHE), shards=2)
+    write_for(folder / "base", folder / "statistics")
+    base = open_checkpoint(folder / "base")
+    assert convert(fp8_static.plan(base, folder / "statistics"), folder / "fp8", ["test"], lambda _: None)
+    assert convert(quark_int8.plan(base), folder / "int8", ["test"], lambda _: None)
+    shutil.copytree(folder / "fp8", folder / "damaged")
+    tensors = load(folder / "damaged")
+    quantize_towers(tensors)
+    store(folder / "damaged", tensors)
+    change_quantization(folder / "damaged", ignored_layers=["lm_head"])
+    write_checkpoint(folder / "tiny", tiny_config(FULL))
+    write_checkpoint(folder / "mixture", small_config(moe=True))
+    write_json(folder / "drop.json", {str(layer): [layer, 3] for layer in range(3)})
+    write_compared(folder / "small-Q8_0.gguf", small_config(**CACHE)["text_config"], "Q8_0")
+    text_results(folder / "kld.json", [folder / "int8", folder / "small-Q8_0.gguf"], folder / "base")
+    (folder / "text.txt").write_text(TEXT)
+    write_questions(folder / "questions.jsonl", 8)
+    write_questions(folder / "shots.jsonl", 9, first=100)
+
+    (folder / "gguf").mkdir()
+    inventory = read_inventory(small_model(folder / "gguf"))
+    imatrix = imatrix_of(inventory)
+    write_imatrix(imatrix, folder / "gguf" / "imatrix.gguf")
+    table = override_table(inventory, dict.fromkeys(imatrix.entries, T.Q4_K))
+    job = Job(inventory, table, imatrix, folder / "gguf" / "imatrix.gguf")
+    write_plan(folder / "table.txt", table, describe(job, table.types, "test", {}, "none"))
+    marginals = {
+        name: Marginals(
+            np.ones((*entry.sums.shape[:1], inventory.tensors[name].shape[1]), np.float32), entry.sums + np.float32(1)
+        )
+        for name, entry in imatrix.entries.items()
+    }
+    write_fisher(folder / "fisher.safetensors", Fisher(marginals, 10))
+    (folder / "mixture-gguf").mkdir()
+    prune_models.model(folder / "mixture-gguf")
+    prune_models.drop_map(folder / "mixture-gguf")
+    config = json.loads((EXAMPLES / "moe" / "config.json").read_text())["text_config"]
+    write_json(folder / "refit.json", {str(layer): [1, 4] for layer in range(config["num_hidden_layers"])})
+    return folder
+
+
+def cases(made: Path, url: str) -> list[Case]:
+    """Without llama.cpp."""
+
+    def gemma4q(name: str, *arguments: object, **options: Sequence[str]) -> Case:
+        return Case(name, "gemma4q", arguments, **options)
+
+    def gguf_mixed(name: str, *arguments: object, **options: Sequence[str]) -> Case:
+        return Case(name, "gguf-mixed", arguments, **options)
+
+    calibrate = (
+        EXAMPLES / "dense",
+        "stats.safetensors",
+        "--text",
+        made / "text.txt",
+        "--samples",
+        2,
+        "--max-length",
+        9,
+    )
+    model, imatrix = made / "gguf" / "model.gguf", made / "gguf" / "imatrix.gguf"
+    few = ("--types", "Q4_K,Q8_0", "--rows", 4, "--threads", 1)
+    compared = (made / "int8", made / "small-Q8_0.gguf", made / "base", "--result", made / "kld.json")
+    gsm8k = ("--questions", made / "questions.jsonl", "--shots", made / "shots.jsonl", "--concurrency", 1)
+    refit = ("--drop-map", made / "refit.json", *text)
+    quantize = ("quantize", made / "base", "target", "--scheme")
+    return [
+        gemma4q("calibrate", "calibrate", *calibrate, work=["stats.safetensors.work"]),
+        gemma4q(
+            "calibrate --hessians --fisher", "calibrate", *calibrate, "--hessians", "--fisher", "fisher.safetensors",
+            "--fisher-samples", 1, "--activations-limit", "1kB", work=["stats.safetensors.work"],
+        ),
+        gemma4q("quantize quark-int8", *quantize, "quark-int8", *SHARDS),
+        gemma4q("quantize fp8-static", *quantize, "fp8-static", "--statistics", made / "statistics", *SHARDS),
+        gemma4q(
+            "quantize exl3", "quantize", made / "tiny", "target", "--scheme", "exl3", "--bits", 4, "--head-bits", 16,
+            "--no-hessian", *SHARDS,
+        ),
+        gemma4q("restore", "restore", made / "damaged", made / "base", "target", *SHARDS),
+        gemma4q("prune", "prune", made / "mixture", "target", "--drop-map", made / "drop.json", *SHARDS),
+        gemma4q("prune with refit", "prune", EXAMPLES / "moe", "target", *refit, work=["target.work"]),
+        gemma4q("card", "card", made / "int8", "--beside", compared[1], *compared[3:], "-o", "card.md"),
+        gemma4q("compare --plot", "compare", *compared, "--plot", "plot.png", replaced=["plot.png"]),
+        gemma4q("report", "report", made / "int8", "-o", "page.html", replaced=["page.html"]),
+        gemma4q("vram --plot", "vram", made / "int8", "--plot", "plot.png", replaced=["plot.png"]),
+        gemma4q(
+            "evaluate gsm8k", "evaluate", "gsm8k", "--url", url, *gsm8k, "--results", "results.jsonl",
+            grows=["results.jsonl"],
+        ),
+        gguf_mixed(
+            "plan", "plan", model, "--recipe", "optimal", "--bpw", 5, "--imatrix", imatrix, "-o", "table.txt",
+            "--cache", "errors.jsonl", *few, grows=["errors.jsonl"],
+            replaced=["table.txt", "table.txt.json"],
+        ),
+        gguf_mixed(
+            "quantize by ggml", "quantize", model, "out.gguf", "--overrides", made / "table.txt", "--imatrix", imatrix,
+            "--engine", "ggml", "--threads", 1, "--overwrite", replaced=["out.gguf"],
+        ),
+        gguf_mixed(
+            "prune a GGUF", "prune", made / "mixture-gguf" / "model.gguf", "out.gguf", "--drop-map",
+            made / "mixture-gguf" / "drop.json",
+        ),
+        gguf_mixed("imatrix --write", "imatrix", imatrix, "--write", "out.gguf", replaced=["out.gguf"]),
+        gguf_mixed(
+            "weigh-imatrix", "weigh-imatrix", imatrix, made / "fisher.safetensors", "-o", "out.gguf",
+            replaced=["out.gguf"],
+        ),
+        gguf_mixed(
+            "sweep", "sweep", model, "folder", "--bpw", "5,6", "--tiers", "none", "--imatrix", imatrix, *few,
+            rewritten=["folder/results.json"],
+        ),
+    ]  # fmt: skip

@@ -1,0 +1,219 @@
+"""Runs of a command in a folder: ended at a moment that was drawn, gone on with, and compared with an unbroken one."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+SERVER = Path(__file__).with_name("fork_server.py")
+LONGEST = 120.0  # seconds that a run may take
+JOURNAL = ".gemma4q-run.jsonl"
+Files = Mapping[str, bytes]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One command that writes.
+
+    Attributes:
+        arguments: what it writes has names relative to the folder it runs in, so that all runs are given the same.
+        work: names of folders that only an unfinished run has.
+        grows: files that are appended to: an unfinished one is how the finished one begins.
+        replaced: files that are there before with something else in them, and are replaced.
+        rewritten: JSON files that are replaced more than once.
+        own_kills: fewer kills, of commands that take seconds.
+    """
+
+    name: str
+    program: str
+    arguments: Sequence[object]
+    work: Sequence[str] = ()
+    grows: Sequence[str] = ()
+    replaced: Sequence[str] = ()
+    rewritten: Sequence[str] = ()
+    own_kills: int | None = None
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run that is over, or stopped (status None)."""
+
+    status: int | None
+    events: int
+    seconds: float
+    printed: str = ""
+
+
+class Server:
+    """See fork_server.py; started once."""
+
+    def __init__(self, process: "subprocess.Popen[str]", folder: Path):
+        self._process, self._folder = process, folder
+        self._environment = {"TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir()
+
+    def start(
+        self, case: Case, folder: Path, at: int | None = None, number: int = signal.SIGKILL, **options: Any
+    ) -> int:
+        request = {
+            "program": case.program,
+            "arguments": list(map(str, case.arguments)),
+            "folder": str(folder),
+            "environment": self._environment,
+            "log": str(self._log(folder)),
+            "at": at,
+            "signal": int(number),
+            "file_bytes": None,
+        }
+        return int(self._ask("start", **{**request, **options})["pid"])
+
+    def wait(self, pid: int, folder: Path, seconds: float = LONGEST) -> Ended:
+        found = self._ask("wait", pid=pid, seconds=seconds)
+        return Ended(found["status"], found["events"], found["seconds"], self._log(folder).read_text())
+
+    def run(self, case: Case, folder: Path, seconds: float = LONGEST, **options: Any) -> Ended:
+        return self.wait(self.start(case, folder, **options), folder, seconds)
+
+    def go_on(self, pid: int) -> None:
+        self._ask("continue", pid=pid)
+
+    def _log(self, folder: Path) -> Path:
+        return self._folder / f"{folder.name}.log"
+
+    def _ask(self, what: str, **request: Any) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        print(json.dumps({"do": what, **request}), file=self._process.stdin, flush=True)
+        return dict(json.loads(self._process.stdout.readline()))
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Server]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    for name in ("EVAL_BASELINE_JSON", "EVAL_QUANT_JSON", "OPENAI_API_KEY"):
+        environment.pop(name, None)
+    command = [sys.executable, SERVER]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline()) == {"ready": True}
+        yield Server(process, folder)
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, and every empty folder."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_file():
+            found[name] = path.read_bytes()
+        elif not any(path.iterdir()):
+            found[f"{name}/"] = b""
+    return found
+
+
+def make(folder: Path, case: Case) -> Path:
+    """The folder that a case runs in, with what is there before."""
+    folder.mkdir()
+    for name in case.replaced:
+        (folder / name).write_bytes(b"what was here before")
+    return folder
+
+
+def must_succeed(ended: Ended) -> Ended:
+    assert ended.status == 0, ended
+    return ended
+
+
+@dataclass
+class Campaign:
+    """Kills of one command, and what came of them."""
+
+    server: Server
+    case: Case
+    folder: Path
+    seed: int
+    kills: int = 0
+    finished: int = 0
+    expected: Files = field(default_factory=dict)
+    moments: list[str] = field(default_factory=list)
+
+    def run(self, wanted: int) -> None:
+        """Kill `wanted` times, once to three times before a run is let to its end."""
+        generator = random.Random(f"{self.seed} {self.case}")
+        whole = make(self.folder / "whole", self.case)
+        unbroken = must_succeed(self.server.run(self.case, whole))
+        self.expected = snapshot(whole)
+        assert not list(self.server.temporary.iterdir())
+        while self.kills < wanted:
+            again = make(self.folder / f"run-{self.finished}", self.case)
+            for _ in range(generator.choice((1, 1, 2, 3))):
+                self._kill(again, unbroken, generator)
+            self._finish(again)
+            shutil.rmtree(again)
+
+    def _kill(self, folder: Path, unbroken: Ended, generator: random.Random) -> None:
+        if self.kills % 2:
+            moment: dict[str, Any] = {"seconds": generator.uniform(0, unbroken.seconds)}
+        else:
+            moment = {"at": generator.randint(1, unbroken.events)}
+        self.moments.append(f"{moment}")
+        ended = self.server.run(self.case, folder, **moment)
+        if ended.status == -signal.SIGKILL:
+            self.kills += 1
+            check_unfinished(self.case, folder, self.expected, self.told())
+        else:  # it was quicker than the moment, or had fewer changes left
+            assert ended.status == 0, (ended, self.told())
+
+    def _finish(self, folder: Path) -> None:
+        ended = self.server.run(self.case, folder)
+        assert ended.status == 0, (ended, self.told())
+        check_same(snapshot(folder), self.expected, self.told())
+        left = sorted(path.name for path in self.server.temporary.iterdir())
+        assert not left, (left, self.told())
+        self.finished += 1
+        self.moments.clear()
+
+    def told(self) -> str:
+        """Where a failure was: enough to have it again."""
+        return f"{self.case}, seed {self.seed}, kill {self.kills}, run {self.finished} after {', '.join(self.moments)}"
+
+
+def check_same(found: Files, expected: Files, told: str = "") -> None:
+    """Assert that two folders hold the same, and say what differs instead of printing it."""
+    assert sorted(found) == sorted(expected), told
+    assert [name for name in expected if found[name] != expected[name]] == [], told
+
+
+def check_unfinished(case: Case, folder: Path, expected: Files, told: str) -> None:
+    """Whatever has its final name is whole, so that nobody can take an unfinished file for a finished one."""
+    found = snapshot(folder)
+    for name, content in found.items():
+        if name.endswith((".partial", ".partial.gguf", JOURNAL, "/")) or name.split("/")[0] in case.work:
+            continue
+        if name in case.replaced and content == b"what was here before":
+            continue
+        if name in case.grows:
+            assert expected[name].startswith(content), (name, told)
+        elif name in case.rewritten:
+            json.loads(content)
+        else:
+            assert name in expected, (name, told)
+            assert content == expected[name], (name, told)
+    for name in found:
+        if Path(name).name == "config.json":  # then an engine would load it
+            within = {key for key in expected if Path(key).parent == Path(name).parent}
+            assert within <= found.keys(), told

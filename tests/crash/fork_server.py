@@ -1,0 +1,180 @@
+"""Runs of both commands, each in a fork of this process, which has imported all they need: a run takes no start-up.
+
+    {"do": "start", "program": .., "arguments": [..], "folder": .., "environment": {..}, "log": .., "at": N, "signal": S,
+     "file_bytes": N}                          -> {"pid": ..}
+    {"do": "wait", "pid": .., "seconds": S}    -> {"status": .., "events": .., "seconds": ..}
+    {"do": "continue", "pid": ..}              -> {}
+
+One JSON object a line. A run is the head of a process group and gets `signal` just before the Nth time that it is about
+to change a file: to open one for writing, rename, remove, truncate or flush it, to make or remove a folder; of the Nth
+`os.write`, half is written first. `file_bytes` limits the size of files. `wait` kills the group after so many seconds;
+`status` is the exit code, less than nothing for a signal, None while the run is stopped.
+"""
+
+import atexit
+import json
+import mmap
+import os
+import resource
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+torch.set_num_threads(1)
+
+import matplotlib.backends.backend_agg
+import matplotlib.figure
+import openai  # noqa: F401
+import transformers  # noqa: F401
+from gemma4q_kernels.exl3 import viterbi_cpu
+
+import gguf_mixed.cli
+import vllm_gemma4q.calibration.calibrate
+import vllm_gemma4q.cli
+import vllm_gemma4q.compare.comparison
+import vllm_gemma4q.evaluation.gsm8k.run
+import vllm_gemma4q.pruned_moe.refit
+import vllm_gemma4q.report.facts
+import vllm_gemma4q.report.render
+
+_PROGRAMS = {"gemma4q": vllm_gemma4q.cli.main, "gguf-mixed": gguf_mixed.cli.main}
+_AUDITED = frozenset({"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink"})
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+class Runs:
+    """What was started, by process id."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[float, mmap.mmap]] = {}
+
+    def start(self, request: dict[str, Any]) -> dict[str, Any]:
+        events = mmap.mmap(-1, 8)
+        began = time.perf_counter()
+        pid = os.fork()
+        if not pid:
+            os._exit(_run(request, events))
+        self._known[pid] = began, events
+        return {"pid": pid}
+
+    def wait(self, request: dict[str, Any]) -> dict[str, Any]:
+        pid = request["pid"]
+        began, events = self._known[pid]
+        end = time.perf_counter() + request["seconds"]
+        found, status = os.waitpid(pid, os.WUNTRACED | os.WNOHANG)
+        while not found:
+            if time.perf_counter() > end:
+                os.killpg(pid, signal.SIGKILL)
+                found, status = os.waitpid(pid, 0)
+                break
+            time.sleep(0.0005)
+            found, status = os.waitpid(pid, os.WUNTRACED | os.WNOHANG)
+        seconds, count = time.perf_counter() - began, int.from_bytes(events[:], "little")
+        if os.WIFSTOPPED(status):
+            return {"status": None, "events": count, "seconds": seconds}
+        del self._known[pid]
+        return {"status": os.waitstatus_to_exitcode(status), "events": count, "seconds": seconds}
+
+    def resume(self, request: dict[str, Any]) -> dict[str, Any]:
+        os.killpg(request["pid"], signal.SIGCONT)
+        return {}
+
+
+def _run(request: dict[str, Any], events: mmap.mmap) -> int:
+    """Exit code."""
+    os.setpgid(0, 0)
+    os.chdir(request["folder"])
+    os.environ.update(request["environment"])
+    tempfile.tempdir = None
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    if request["file_bytes"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"], resource.RLIM_INFINITY))
+    _count(request["at"], request["signal"], events)
+    sys.argv = [request["program"], *request["arguments"]]
+    code = 0
+    try:
+        _PROGRAMS[request["program"]]()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return code
+
+
+def _count(at: int | None, number: int, events: mmap.mmap) -> None:
+    """Count changes of files from now on, and send the signal before the one that was drawn."""
+    held, count = threading.Lock(), 0
+
+    def due() -> bool:
+        nonlocal count
+        with held:
+            count += 1
+            events[:] = count.to_bytes(8, "little")
+            return count == at
+
+    def happen() -> None:
+        os.killpg(0, number) if number == signal.SIGKILL else os.kill(os.getpid(), number)
+
+    def audited(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, mode, flags = arguments
+            changes = bool(flags & _WRITING) and not str(path).startswith(("/dev/", "/proc/"))
+            changes = changes and (mode is None or set(mode) & set("wax+") != set())
+        else:
+            changes = event in _AUDITED
+        if changes and due():
+            happen()
+
+    def before(call: Callable[..., Any], halves: bool) -> Callable[..., Any]:
+        def called(descriptor: int, *arguments: Any) -> Any:
+            if due():
+                if halves:
+                    call(descriptor, memoryview(arguments[0]).cast("B")[: len(arguments[0]) // 2], *arguments[1:])
+                happen()
+            return call(descriptor, *arguments)
+
+        return called
+
+    os.fsync = before(os.fsync, halves=False)
+    os.write, os.pwrite = before(os.write, halves=True), before(os.pwrite, halves=True)
+    sys.addaudithook(audited)
+
+
+def _warm() -> None:
+    """What would take seconds in every run."""
+    vllm_gemma4q.cli.application()
+    for width in (2, 3, 4):
+        viterbi_cpu.search(torch.zeros(1, 256), width * 16, "mcg")
+    figure = matplotlib.figure.Figure()
+    figure.subplots().set_title("fonts")
+    matplotlib.backends.backend_agg.FigureCanvasAgg(figure).draw()
+
+
+def main() -> None:
+    _warm()
+    runs = Runs()
+    actions = {"start": runs.start, "wait": runs.wait, "continue": runs.resume}
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    print(json.dumps({"ready": True}), file=answers, flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        print(json.dumps(actions[request["do"]](request)), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,21 @@
+"""Every command that writes, killed at random moments and run again: the files of an unbroken run, and nothing else.
+
+Every second kill comes at a moment of the run's time, the others just before, or in the middle of, a change of a file.
+GEMMA4Q_CRASH_KILLS (50) and GEMMA4Q_CRASH_SEED (0) make longer campaigns, and others.
+"""
+
+import pytest
+from conftest import KILLS, SEED
+from crash_runs import Campaign
+
+
+@pytest.mark.slow
+def test_killed_and_run_again(server, case, tmp_path):
+    campaign = Campaign(server, case, tmp_path, SEED)
+    campaign.run(case.own_kills or KILLS)
+    print(f"{case}: {campaign.kills} kills, {campaign.finished} runs finished, seed {SEED}")
+
+
+@pytest.mark.parametrize("name", ["quantize quark-int8", "imatrix --write"])
+def test_killed_a_few_times(server, known, name, tmp_path):
+    Campaign(server, known[name], tmp_path, SEED).run(5)
