@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = ROOT / "examples" / "small_gemma4"
 PAGES = [
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("quantize", "prune", "gguf", "measure", "serve")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("quantize", "prune", "gguf", "measure", "scale", "serve")),
 ]
 # In the place of "gemma-4-31B": which has 60 layers and 30.7 billion weights, and the mixture 128 experts a layer.
 ON_A_SMALL_MODEL = {
@@ -26,6 +26,7 @@ ON_A_SMALL_MODEL = {
     "statistics.safetensors --text": "statistics.safetensors --samples 12 --max-length 256 --text",
     "hessians.safetensors --text": "hessians.safetensors --samples 12 --max-length 256 --text",
     "--keep 98": "--keep 12",
+    "--workers 8": "--workers 2",
     "-tp 4 --vram 24GiB": "-tp 2 --vram 24GiB",
     "doctor gemma-4-31B-int8 -tp 4": "doctor gemma-4-31B-int8 -tp 2",
 }
@@ -35,6 +36,10 @@ NOT_RUN = {
     r"make \w+": "what CI and a newcomer run from a clean clone",
     r"pip install \.": "tests/packaging installs what is built",
     r"gemma4q tune": "needs a GPU",
+    r".* --ray\b": "tests/scale has a cluster of two nodes",
+    r"RAY_USAGE_STATS_ENABLED=0 ray start": "likewise",
+    r"examples/multi_node.sh": "needs two machines; tests/examples has vLLM parse its flags",
+    r"vllm serve gemma-4-26B-A4B-int8": "tests/vllm_plugin serves a mixture over ranks",
     r"GEMMA4Q_TILES=tiles vllm serve": "needs what tune wrote",
 }
 
