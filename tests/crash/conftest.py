@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from crash_cases import CASES, cases, write_inputs
-from crash_runs import Case, Server, serving
+from crash_runs import ALL, Case, Server, serving
 from gsm8k_server import Chat
 from gsm8k_server import serving as chatting
 
@@ -22,7 +22,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("server")) as server:
+    with serving(tmp_path_factory.mktemp("server"), *ALL) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def light_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """For few runs: nothing is imported that they may not need."""
+    with serving(tmp_path_factory.mktemp("light"), "vllm_gemma4q.commands.quantize", "gguf_mixed.cli") as server:
         yield server
 
 

@@ -1,16 +1,16 @@
+# ruff: noqa: E402
 """The commands that write, each on something so small that an unbroken run takes about a second or less."""
 
 import json
 import shutil
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from crash_runs import Case
 
 TESTS = Path(__file__).resolve().parents[1]
 sys.path += [str(TESTS / name) for name in ("gguf", "compare", "restore", "exl3", "evaluation")]
-
 import prune_models
 from compare_files import CACHE, text_results
 from compare_files import write_gguf as write_compared
@@ -108,22 +108,14 @@ def write_inputs(folder: Path) -> Path:
 def cases(made: Path, url: str) -> list[Case]:
     """Without llama.cpp."""
 
-    def gemma4q(name: str, *arguments: object, **options: Sequence[str]) -> Case:
+    def gemma4q(name: str, *arguments: object, **options: Any) -> Case:
         return Case(name, "gemma4q", arguments, **options)
 
-    def gguf_mixed(name: str, *arguments: object, **options: Sequence[str]) -> Case:
+    def gguf_mixed(name: str, *arguments: object, **options: Any) -> Case:
         return Case(name, "gguf-mixed", arguments, **options)
 
-    calibrate = (
-        EXAMPLES / "dense",
-        "stats.safetensors",
-        "--text",
-        made / "text.txt",
-        "--samples",
-        2,
-        "--max-length",
-        9,
-    )
+    text = ("--text", made / "text.txt", "--samples", 2, "--max-length", 32)
+    calibrate = (EXAMPLES / "dense", "stats.safetensors", *text)
     model, imatrix = made / "gguf" / "model.gguf", made / "gguf" / "imatrix.gguf"
     few = ("--types", "Q4_K,Q8_0", "--rows", 4, "--threads", 1)
     compared = (made / "int8", made / "small-Q8_0.gguf", made / "base", "--result", made / "kld.json")
@@ -140,7 +132,7 @@ def cases(made: Path, url: str) -> list[Case]:
         gemma4q("quantize fp8-static", *quantize, "fp8-static", "--statistics", made / "statistics", *SHARDS),
         gemma4q(
             "quantize exl3", "quantize", made / "tiny", "target", "--scheme", "exl3", "--bits", 4, "--head-bits", 16,
-            "--no-hessian", *SHARDS,
+            "--no-hessian", *SHARDS, in_a_row=10,
         ),
         gemma4q("restore", "restore", made / "damaged", made / "base", "target", *SHARDS),
         gemma4q("prune", "prune", made / "mixture", "target", "--drop-map", made / "drop.json", *SHARDS),
@@ -154,7 +146,7 @@ def cases(made: Path, url: str) -> list[Case]:
             grows=["results.jsonl"],
         ),
         gguf_mixed(
-            "plan", "plan", model, "--recipe", "optimal", "--bpw", 5, "--imatrix", imatrix, "-o", "table.txt",
+            "plan", "plan", model, "--recipe", "optimal", "--bpw", 7, "--imatrix", imatrix, "-o", "table.txt",
             "--cache", "errors.jsonl", *few, grows=["errors.jsonl"],
             replaced=["table.txt", "table.txt.json"],
         ),
@@ -172,7 +164,7 @@ def cases(made: Path, url: str) -> list[Case]:
             replaced=["out.gguf"],
         ),
         gguf_mixed(
-            "sweep", "sweep", model, "folder", "--bpw", "5,6", "--tiers", "none", "--imatrix", imatrix, *few,
+            "sweep", "sweep", model, "folder", "--bpw", "7,8", "--tiers", "none", "--imatrix", imatrix, *few,
             rewritten=["folder/results.json"],
         ),
     ]  # fmt: skip

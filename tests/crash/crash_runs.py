@@ -13,6 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# What every command needs, and takes seconds to import.
+ALL = (
+    "gguf_mixed.cli", "matplotlib.backends.backend_agg", "matplotlib.figure", "openai.resources.chat",
+    "PIL.PngImagePlugin", "scipy.optimize", "scipy.stats", "transformers.models.gemma4.modeling_gemma4",
+    "vllm_gemma4q.calibration.calibrate",
+    "vllm_gemma4q.card.card", "vllm_gemma4q.compare.comparison", "vllm_gemma4q.evaluation.gsm8k.run",
+    "vllm_gemma4q.pruned_moe.refit", "vllm_gemma4q.report.facts", "vllm_gemma4q.report.render",
+    "vllm_gemma4q.commands.calibrate", "vllm_gemma4q.commands.quantize", "vllm_gemma4q.commands.prune",
+    "vllm_gemma4q.commands.restore", "vllm_gemma4q.commands.evaluate", "vllm_gemma4q.commands.vram",
+)  # fmt: skip
 SERVER = Path(__file__).with_name("fork_server.py")
 LONGEST = 120.0  # seconds that a run may take
 JOURNAL = ".gemma4q-run.jsonl"
@@ -29,7 +39,7 @@ class Case:
         grows: files that are appended to: an unfinished one is how the finished one begins.
         replaced: files that are there before with something else in them, and are replaced.
         rewritten: JSON files that are replaced more than once.
-        own_kills: fewer kills, of commands that take seconds.
+        in_a_row: the most kills before a run is let to its end; more where that takes seconds.
     """
 
     name: str
@@ -39,7 +49,7 @@ class Case:
     grows: Sequence[str] = ()
     replaced: Sequence[str] = ()
     rewritten: Sequence[str] = ()
-    own_kills: int | None = None
+    in_a_row: int = 3
 
     def __str__(self) -> str:
         return self.name
@@ -99,11 +109,12 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[Server]:
+def serving(folder: Path, *imported: str) -> Iterator[Server]:
+    """A server; `imported` are modules that are in no run's time then."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     for name in ("EVAL_BASELINE_JSON", "EVAL_QUANT_JSON", "OPENAI_API_KEY"):
         environment.pop(name, None)
-    command = [sys.executable, SERVER]
+    command = [sys.executable, SERVER, *imported]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, env=environment, **pipes) as process:
         assert process.stdout is not None
@@ -152,7 +163,7 @@ class Campaign:
     moments: list[str] = field(default_factory=list)
 
     def run(self, wanted: int) -> None:
-        """Kill `wanted` times, once to three times before a run is let to its end."""
+        """Kill `wanted` times, once or more often before a run is let to its end."""
         generator = random.Random(f"{self.seed} {self.case}")
         whole = make(self.folder / "whole", self.case)
         unbroken = must_succeed(self.server.run(self.case, whole))
@@ -160,12 +171,15 @@ class Campaign:
         assert not list(self.server.temporary.iterdir())
         while self.kills < wanted:
             again = make(self.folder / f"run-{self.finished}", self.case)
-            for _ in range(generator.choice((1, 1, 2, 3))):
-                self._kill(again, unbroken, generator)
-            self._finish(again)
+            times = generator.randint(1, self.case.in_a_row)
+            if all(self._kill(again, unbroken, generator) for _ in range(times)):
+                ended = self.server.run(self.case, again)
+                assert ended.status == 0, (ended, self.told())
+            self._check_finished(again)
             shutil.rmtree(again)
 
-    def _kill(self, folder: Path, unbroken: Ended, generator: random.Random) -> None:
+    def _kill(self, folder: Path, unbroken: Ended, generator: random.Random) -> bool:
+        """False: it was quicker than the moment, or had fewer changes left, and is finished."""
         if self.kills % 2:
             moment: dict[str, Any] = {"seconds": generator.uniform(0, unbroken.seconds)}
         else:
@@ -175,12 +189,11 @@ class Campaign:
         if ended.status == -signal.SIGKILL:
             self.kills += 1
             check_unfinished(self.case, folder, self.expected, self.told())
-        else:  # it was quicker than the moment, or had fewer changes left
-            assert ended.status == 0, (ended, self.told())
-
-    def _finish(self, folder: Path) -> None:
-        ended = self.server.run(self.case, folder)
+            return True
         assert ended.status == 0, (ended, self.told())
+        return False
+
+    def _check_finished(self, folder: Path) -> None:
         check_same(snapshot(folder), self.expected, self.told())
         left = sorted(path.name for path in self.server.temporary.iterdir())
         assert not left, (left, self.told())

@@ -1,7 +1,9 @@
-"""Runs of both commands, each in a fork of this process, which has imported all they need: a run takes no start-up.
+"""Runs of both commands, each in a fork of this process, which has imported what they need: a run takes no start-up.
 
-    {"do": "start", "program": .., "arguments": [..], "folder": .., "environment": {..}, "log": .., "at": N, "signal": S,
-     "file_bytes": N}                          -> {"pid": ..}
+    python fork_server.py MODULE..             modules to import before the first run
+
+    {"do": "start", "program": .., "arguments": [..], "folder": .., "environment": {..}, "log": .., "at": N,
+     "signal": S, "file_bytes": N}             -> {"pid": ..}
     {"do": "wait", "pid": .., "seconds": S}    -> {"status": .., "events": .., "seconds": ..}
     {"do": "continue", "pid": ..}              -> {}
 
@@ -12,6 +14,7 @@ to change a file: to open one for writing, rename, remove, truncate or flush it,
 """
 
 import atexit
+import contextlib
 import json
 import mmap
 import os
@@ -23,28 +26,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import torch
 
-torch.set_num_threads(1)
-
-import matplotlib.backends.backend_agg
-import matplotlib.figure
-import openai  # noqa: F401
-import transformers  # noqa: F401
-from gemma4q_kernels.exl3 import viterbi_cpu
-
-import gguf_mixed.cli
-import vllm_gemma4q.calibration.calibrate
-import vllm_gemma4q.cli
-import vllm_gemma4q.compare.comparison
-import vllm_gemma4q.evaluation.gsm8k.run
-import vllm_gemma4q.pruned_moe.refit
-import vllm_gemma4q.report.facts
-import vllm_gemma4q.report.render
-
-_PROGRAMS = {"gemma4q": vllm_gemma4q.cli.main, "gguf-mixed": gguf_mixed.cli.main}
+_PROGRAMS = {"gemma4q": "vllm_gemma4q.cli", "gguf-mixed": "gguf_mixed.cli"}
 _AUDITED = frozenset({"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink"})
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
@@ -61,6 +48,8 @@ class Runs:
         pid = os.fork()
         if not pid:
             os._exit(_run(request, events))
+        with contextlib.suppress(OSError):  # done by both, since neither knows who comes first
+            os.setpgid(pid, pid)
         self._known[pid] = began, events
         return {"pid": pid}
 
@@ -102,7 +91,7 @@ def _run(request: dict[str, Any], events: mmap.mmap) -> int:
     sys.argv = [request["program"], *request["arguments"]]
     code = 0
     try:
-        _PROGRAMS[request["program"]]()
+        import_module(_PROGRAMS[request["program"]]).main()
     except SystemExit as end:
         code = int(end.code or 0)
     except BaseException:
@@ -154,18 +143,12 @@ def _count(at: int | None, number: int, events: mmap.mmap) -> None:
     sys.addaudithook(audited)
 
 
-def _warm() -> None:
-    """What would take seconds in every run."""
-    vllm_gemma4q.cli.application()
-    for width in (2, 3, 4):
-        viterbi_cpu.search(torch.zeros(1, 256), width * 16, "mcg")
-    figure = matplotlib.figure.Figure()
-    figure.subplots().set_title("fonts")
-    matplotlib.backends.backend_agg.FigureCanvasAgg(figure).draw()
-
-
 def main() -> None:
-    _warm()
+    torch.set_num_threads(1)
+    for name in sys.argv[1:]:
+        import_module(name)
+    if any("matplotlib" in name for name in sys.argv[1:]):
+        _compile_and_draw()
     runs = Runs()
     actions = {"start": runs.start, "wait": runs.wait, "continue": runs.resume}
     answers = os.fdopen(os.dup(1), "w")
@@ -174,6 +157,18 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         print(json.dumps(actions[request["do"]](request)), file=answers, flush=True)
+
+
+def _compile_and_draw() -> None:
+    """What takes seconds in its first use."""
+    from gemma4q_kernels.exl3 import viterbi_cpu
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    viterbi_cpu.search(torch.zeros(1, 256), 64, "mcg")
+    figure = Figure()
+    figure.subplots().set_title("fonts")
+    FigureCanvasAgg(figure).draw()
 
 
 if __name__ == "__main__":

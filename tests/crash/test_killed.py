@@ -12,10 +12,10 @@ from crash_runs import Campaign
 @pytest.mark.slow
 def test_killed_and_run_again(server, case, tmp_path):
     campaign = Campaign(server, case, tmp_path, SEED)
-    campaign.run(case.own_kills or KILLS)
+    campaign.run(KILLS)
     print(f"{case}: {campaign.kills} kills, {campaign.finished} runs finished, seed {SEED}")
 
 
 @pytest.mark.parametrize("name", ["quantize quark-int8", "imatrix --write"])
-def test_killed_a_few_times(server, known, name, tmp_path):
-    Campaign(server, known[name], tmp_path, SEED).run(5)
+def test_killed_a_few_times(light_server, known, name, tmp_path):
+    Campaign(light_server, known[name], tmp_path, SEED).run(5)

@@ -1,0 +1,138 @@
+"""Targets that cannot be written, or not to the end, are on another file system, or have a second run at them.
+
+A full disk and a read-only one are real small tmpfs; where mounting is not permitted, these tests are skipped.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from crash_runs import Case, check_same, check_unfinished, make, must_succeed, snapshot
+
+GROWN, PAGE = "64m", 4096
+
+
+@pytest.fixture
+def expected(server, case, tmp_path):
+    """What an unbroken run leaves."""
+    whole = make(tmp_path / "whole", case)
+    must_succeed(server.run(case, whole))
+    return snapshot(whole)
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Path | None]:
+    """The place of a tmpfs that `remount` makes; None where mounting is not permitted."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "crash", place], capture_output=True).returncode:
+        yield None
+        return
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def remount(place: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", place], check=True)
+
+
+def refused(ended, told: str = "") -> str:
+    """The one line that tells why."""
+    assert ended.status == 2, (ended, told)
+    lines = [line for line in ended.printed.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in ended.printed, ended.printed
+    return lines[0]
+
+
+@pytest.mark.slow
+def test_a_full_disk(server, case: Case, expected, disk):
+    """At three fillings: one line, nothing half-written under its name; with more room, the same bytes."""
+    if disk is None:
+        pytest.skip("no tmpfs may be mounted here; a limit on sizes is tested below")
+    size = sum(map(len, expected.values()))
+    for share in (0.1, 0.5, 0.9):
+        remount(disk, f"size={GROWN}")
+        folder = make(disk / "run", case)
+        remount(disk, f"size={shutil.disk_usage(disk).used + int(share * size) // PAGE * PAGE + PAGE}")
+        check_stopped(server.run(case, folder), case, folder, expected)
+        remount(disk, f"size={GROWN}")
+        must_succeed(server.run(case, folder))
+        check_same(snapshot(folder), expected, f"{case}, {share}")
+        assert not list(server.temporary.iterdir())
+        shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+def test_a_limit_on_sizes(server, case: Case, expected, tmp_path):
+    """What no look at the free space foretells: a write that stops in the middle of the largest file, or of others."""
+    largest = max(map(len, expected.values()))
+    for share in (0.05, 0.4, 0.95):
+        folder = make(tmp_path / "run", case)
+        ended = server.run(case, folder, file_bytes=int(share * largest))
+        assert "File too large" in check_stopped(ended, case, folder, expected)
+        must_succeed(server.run(case, folder))
+        check_same(snapshot(folder), expected, f"{case}, {share}")
+        assert not list(server.temporary.iterdir())
+        shutil.rmtree(folder)
+
+
+def check_stopped(ended, case: Case, folder: Path, expected) -> str:
+    """Assert that a run was refused, and left nothing half-written; the line that it printed."""
+    line = refused(ended)
+    check_unfinished(case, folder, expected, f"{case}: {line}")
+    assert not [name for name in snapshot(folder) if name.endswith((".partial", ".partial.gguf"))], line
+    return line
+
+
+@pytest.mark.slow
+def test_a_read_only_target(server, case: Case, expected, disk):
+    if disk is None:
+        pytest.skip("no tmpfs may be mounted here, and root ignores permissions")
+    remount(disk, f"size={GROWN}")
+    folder = make(disk / "run", case)
+    before = snapshot(folder)
+    remount(disk, "ro")
+    line = refused(server.run(case, folder))
+    assert "Read-only file system" in line, line
+    assert snapshot(folder) == before
+    remount(disk, "rw")
+    must_succeed(server.run(case, folder))
+    check_same(snapshot(folder), expected)
+
+
+@pytest.mark.slow
+def test_a_target_on_another_file_system(server, case: Case, expected, disk, tmp_path):
+    """Than TMPDIR, and than all that is read: killed once there, too."""
+    place = Path("/dev/shm") if disk is None else disk
+    if disk is not None:
+        remount(disk, f"size={GROWN}")
+    if place.stat().st_dev == server.temporary.stat().st_dev:
+        pytest.skip("there is no second file system here")
+    folder = make(place / f"crash-{os.getpid()}", case)
+    try:
+        ended = server.run(case, folder, at=5)
+        assert ended.status == -signal.SIGKILL
+        must_succeed(server.run(case, folder))
+        check_same(snapshot(folder), expected)
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+def test_a_second_run_is_refused(server, case: Case, expected, tmp_path):
+    """The first is stopped half-way while the second tries, in the same folder."""
+    folder = make(tmp_path / "run", case)
+    events = must_succeed(server.run(case, make(tmp_path / "counted", case))).events
+    first = server.start(case, folder, at=max(2, events // 3), number=signal.SIGSTOP)
+    assert server.wait(first, folder).status is None
+    before = snapshot(folder)
+    line = refused(server.run(case, folder))
+    assert "another run is writing" in line, line
+    assert snapshot(folder) == before
+    server.go_on(first)
+    must_succeed(server.wait(first, folder))
+    check_same(snapshot(folder), expected)
