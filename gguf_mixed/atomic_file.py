@@ -2,7 +2,7 @@
 
 A file is written beside its place as `NAME.partial`, flushed to the disk, renamed, and the folder's entry flushed too:
 a kill, a full disk or a power failure leaves the old file or the new one. The partial file is also the lock, which the
-system lets go of when its holder dies; the next run writes over what a killed one left.
+system lets go of when its holder dies; the next run removes what a killed one left.
 """
 
 import contextlib
@@ -58,13 +58,15 @@ def exclusive(path: Path, suffix: str = PARTIAL) -> Iterator[Path]:
     partial = path.with_name(path.name + suffix)
     descriptor = _open(partial)
     try:
-        while True:
-            lock(descriptor, path)
+        lock(descriptor, path)
+        while not _is_at(descriptor, partial) or os.fstat(descriptor).st_size:
+            # Its holder has just named or removed it, or was killed: a program that it started may still be writing,
+            # for a moment, to what it left, so that goes and is not written over.
             if _is_at(descriptor, partial):
-                break
-            os.close(descriptor)  # its holder has just given it its name, or removed it
+                partial.unlink()
+            os.close(descriptor)
             descriptor = _open(partial)
-        os.ftruncate(descriptor, 0)
+            lock(descriptor, path)
         yield partial
     finally:
         os.close(descriptor)

@@ -52,6 +52,7 @@ CASES = (
     "evaluate gsm8k",
     "plan",
     "quantize by ggml",
+    "quantize by llama-quantize",
     "prune a GGUF",
     "imatrix --write",
     "weigh-imatrix",
@@ -106,7 +107,7 @@ def write_inputs(folder: Path) -> Path:
 
 
 def cases(made: Path, url: str) -> list[Case]:
-    """Without llama.cpp."""
+    """In the order of `CASES`; one of them runs llama.cpp's own program."""
 
     def gemma4q(name: str, *arguments: object, **options: Any) -> Case:
         return Case(name, "gemma4q", arguments, **options)
@@ -143,7 +144,7 @@ def cases(made: Path, url: str) -> list[Case]:
         gemma4q("vram --plot", "vram", made / "int8", "--plot", "plot.png", replaced=["plot.png"]),
         gemma4q(
             "evaluate gsm8k", "evaluate", "gsm8k", "--url", url, *gsm8k, "--results", "results.jsonl",
-            grows=["results.jsonl"],
+            grows=["results.jsonl"], stop_at=2,
         ),
         gguf_mixed(
             "plan", "plan", model, "--recipe", "optimal", "--bpw", 7, "--imatrix", imatrix, "-o", "table.txt",
@@ -153,6 +154,10 @@ def cases(made: Path, url: str) -> list[Case]:
         gguf_mixed(
             "quantize by ggml", "quantize", model, "out.gguf", "--overrides", made / "table.txt", "--imatrix", imatrix,
             "--engine", "ggml", "--threads", 1, "--overwrite", replaced=["out.gguf"],
+        ),
+        gguf_mixed(
+            "quantize by llama-quantize", "quantize", model, "out.gguf", "--overrides", made / "table.txt", "--imatrix",
+            imatrix, "--engine", "llama-quantize", "--threads", 1, "--overwrite", replaced=["out.gguf"],
         ),
         gguf_mixed(
             "prune a GGUF", "prune", made / "mixture-gguf" / "model.gguf", "out.gguf", "--drop-map",

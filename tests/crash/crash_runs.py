@@ -39,6 +39,7 @@ class Case:
         grows: files that are appended to: an unfinished one is how the finished one begins.
         replaced: files that are there before with something else in them, and are replaced.
         rewritten: JSON files that are replaced more than once.
+        stop_at: a run is in the midst of writing after this part (a third) of its changes of files.
         in_a_row: the most kills before a run is let to its end; more where that takes seconds.
     """
 
@@ -49,7 +50,8 @@ class Case:
     grows: Sequence[str] = ()
     replaced: Sequence[str] = ()
     rewritten: Sequence[str] = ()
-    in_a_row: int = 3
+    in_a_row: int = 6
+    stop_at: int = 3
 
     def __str__(self) -> str:
         return self.name

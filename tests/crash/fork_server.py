@@ -139,7 +139,8 @@ def _count(at: int | None, number: int, events: mmap.mmap) -> None:
         return called
 
     os.fsync = before(os.fsync, halves=False)
-    os.write, os.pwrite = before(os.write, halves=True), before(os.pwrite, halves=True)
+    kills = number == signal.SIGKILL
+    os.write, os.pwrite = before(os.write, halves=kills), before(os.pwrite, halves=kills)
     sys.addaudithook(audited)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_gemma4q.checkpoint.run import WriteError
+from gguf_mixed.atomic_file import WriteError
 from vllm_gemma4q.errors import InputError
 
 _PARTIAL = ".partial"

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
-from gguf_mixed.atomic_file import replacing
+from gguf_mixed.atomic_file import WriteError, replacing
 from vllm_gemma4q.calibration.statistics import Array
 from vllm_gemma4q.calibration.weights import TORCH_DTYPES
 from vllm_gemma4q.checkpoint.header import DTYPE_BYTES, TensorInfo, read_header, write_header
-from vllm_gemma4q.checkpoint.run import Run, WriteError
+from vllm_gemma4q.checkpoint.run import Run
 from vllm_gemma4q.errors import InputError
 
 _BLOCK_BYTES = 1 << 24

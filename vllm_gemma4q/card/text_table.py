@@ -14,7 +14,7 @@ def text_table(measured: Measurement) -> tuple[Sequence[str], dict[str, Sequence
     """Headings, and cells by framing; columns that nothing was measured for are left out."""
     rows = {framing: _cells(measured, framing) for framing in measured.found.perplexity}
     filled = [index for index in range(len(_HEADINGS)) if any(cells[index] for cells in rows.values())]
-    chosen = {framing: [cells[index] for index in filled] for framing, cells in rows.items()}
+    chosen: dict[str, Sequence[str]] = {framing: [cells[index] for index in filled] for framing, cells in rows.items()}
     return [_HEADINGS[index] for index in filled], chosen
 
 

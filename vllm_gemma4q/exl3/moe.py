@@ -111,7 +111,7 @@ def _loader(layer: RoutedExperts, layout: Layout) -> Callable[..., bool | None]:
         if place >= 0:
             index = place if shard_id == "w2" else 2 * place + (shard_id == "w3")
             if leaf == TRELLIS:  # two-dimensional from `mend.py`
-                loaded_weight = loaded_weight.unflatten(1, (-1, layout.parts[index].packed.width))
+                loaded_weight = loaded_weight.reshape(len(loaded_weight), -1, layout.parts[index].packed.width)
             layout.load(leaf, param, loaded_weight, index)
         return place >= 0 if return_success else None
 
