@@ -144,7 +144,7 @@ def cases(made: Path, url: str) -> list[Case]:
         gemma4q("vram --plot", "vram", made / "int8", "--plot", "plot.png", replaced=["plot.png"]),
         gemma4q(
             "evaluate gsm8k", "evaluate", "gsm8k", "--url", url, *gsm8k, "--results", "results.jsonl",
-            grows=["results.jsonl"], stop_at=2,
+            grows=["results.jsonl"],
         ),
         gguf_mixed(
             "plan", "plan", model, "--recipe", "optimal", "--bpw", 7, "--imatrix", imatrix, "-o", "table.txt",

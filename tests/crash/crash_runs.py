@@ -39,7 +39,6 @@ class Case:
         grows: files that are appended to: an unfinished one is how the finished one begins.
         replaced: files that are there before with something else in them, and are replaced.
         rewritten: JSON files that are replaced more than once.
-        stop_at: a run is in the midst of writing after this part (a third) of its changes of files.
         in_a_row: the most kills before a run is let to its end; more where that takes seconds.
     """
 
@@ -51,7 +50,6 @@ class Case:
     replaced: Sequence[str] = ()
     rewritten: Sequence[str] = ()
     in_a_row: int = 6
-    stop_at: int = 3
 
     def __str__(self) -> str:
         return self.name
@@ -64,14 +62,14 @@ class Ended:
     status: int | None
     events: int
     seconds: float
-    printed: str = ""
+    printed: str
 
 
 class Server:
     """See fork_server.py; started once."""
 
     def __init__(self, process: "subprocess.Popen[str]", folder: Path):
-        self._process, self._folder = process, folder
+        self._process = process
         self._environment = {"TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
         self.temporary = folder / "tmp"
         self.temporary.mkdir()
@@ -84,25 +82,20 @@ class Server:
             "arguments": list(map(str, case.arguments)),
             "folder": str(folder),
             "environment": self._environment,
-            "log": str(self._log(folder)),
             "at": at,
             "signal": int(number),
             "file_bytes": None,
         }
         return int(self._ask("start", **{**request, **options})["pid"])
 
-    def wait(self, pid: int, folder: Path, seconds: float = LONGEST) -> Ended:
-        found = self._ask("wait", pid=pid, seconds=seconds)
-        return Ended(found["status"], found["events"], found["seconds"], self._log(folder).read_text())
+    def wait(self, pid: int, seconds: float = LONGEST) -> Ended:
+        return Ended(**self._ask("wait", pid=pid, seconds=seconds))
 
     def run(self, case: Case, folder: Path, seconds: float = LONGEST, **options: Any) -> Ended:
-        return self.wait(self.start(case, folder, **options), folder, seconds)
+        return self.wait(self.start(case, folder, **options), seconds)
 
     def go_on(self, pid: int) -> None:
         self._ask("continue", pid=pid)
-
-    def _log(self, folder: Path) -> Path:
-        return self._folder / f"{folder.name}.log"
 
     def _ask(self, what: str, **request: Any) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None

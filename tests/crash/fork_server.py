@@ -2,9 +2,9 @@
 
     python fork_server.py MODULE..             modules to import before the first run
 
-    {"do": "start", "program": .., "arguments": [..], "folder": .., "environment": {..}, "log": .., "at": N,
-     "signal": S, "file_bytes": N}             -> {"pid": ..}
-    {"do": "wait", "pid": .., "seconds": S}    -> {"status": .., "events": .., "seconds": ..}
+    {"do": "start", "program": .., "arguments": [..], "folder": .., "environment": {..}, "at": N, "signal": S,
+     "file_bytes": N}                          -> {"pid": ..}
+    {"do": "wait", "pid": .., "seconds": S}    -> {"status": .., "events": .., "seconds": .., "printed": ..}
     {"do": "continue", "pid": ..}              -> {}
 
 One JSON object a line. A run is the head of a process group and gets `signal` just before the Nth time that it is about
@@ -15,6 +15,7 @@ to change a file: to open one for writing, rename, remove, truncate or flush it,
 
 import atexit
 import contextlib
+import fcntl
 import json
 import mmap
 import os
@@ -33,6 +34,7 @@ import torch
 
 _PROGRAMS = {"gemma4q": "vllm_gemma4q.cli", "gguf-mixed": "gguf_mixed.cli"}
 _AUDITED = frozenset({"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "os.link", "os.symlink"})
+_MOST_PRINTED = 1 << 20
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
@@ -40,22 +42,25 @@ class Runs:
     """What was started, by process id."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[float, mmap.mmap]] = {}
+        self._known: dict[int, tuple[float, mmap.mmap, int]] = {}
 
     def start(self, request: dict[str, Any]) -> dict[str, Any]:
         events = mmap.mmap(-1, 8)
         began = time.perf_counter()
+        ours, theirs = os.pipe()  # and no file, which a limit on sizes would be a limit of
+        fcntl.fcntl(theirs, fcntl.F_SETPIPE_SZ, _MOST_PRINTED)
         pid = os.fork()
         if not pid:
-            os._exit(_run(request, events))
+            os._exit(_run(request, events, theirs))
+        os.close(theirs)
         with contextlib.suppress(OSError):  # done by both, since neither knows who comes first
             os.setpgid(pid, pid)
-        self._known[pid] = began, events
+        self._known[pid] = began, events, ours
         return {"pid": pid}
 
     def wait(self, request: dict[str, Any]) -> dict[str, Any]:
         pid = request["pid"]
-        began, events = self._known[pid]
+        began, events, pipe = self._known[pid]
         end = time.perf_counter() + request["seconds"]
         found, status = os.waitpid(pid, os.WUNTRACED | os.WNOHANG)
         while not found:
@@ -67,24 +72,29 @@ class Runs:
             found, status = os.waitpid(pid, os.WUNTRACED | os.WNOHANG)
         seconds, count = time.perf_counter() - began, int.from_bytes(events[:], "little")
         if os.WIFSTOPPED(status):
-            return {"status": None, "events": count, "seconds": seconds}
+            return {"status": None, "events": count, "seconds": seconds, "printed": ""}
         del self._known[pid]
-        return {"status": os.waitstatus_to_exitcode(status), "events": count, "seconds": seconds}
+        os.set_blocking(pipe, False)
+        with os.fdopen(pipe, "rb") as file:
+            printed = (file.read() or b"").decode(errors="replace")
+        return {
+            "status": os.waitstatus_to_exitcode(status), "events": count, "seconds": seconds, "printed": printed,
+        }  # fmt: skip
 
     def resume(self, request: dict[str, Any]) -> dict[str, Any]:
         os.killpg(request["pid"], signal.SIGCONT)
         return {}
 
 
-def _run(request: dict[str, Any], events: mmap.mmap) -> int:
+def _run(request: dict[str, Any], events: mmap.mmap, output: int) -> int:
     """Exit code."""
     os.setpgid(0, 0)
     os.chdir(request["folder"])
     os.environ.update(request["environment"])
     tempfile.tempdir = None
-    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.close(output)
     if request["file_bytes"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"], resource.RLIM_INFINITY))
     _count(request["at"], request["signal"], events)
@@ -130,11 +140,14 @@ def _count(at: int | None, number: int, events: mmap.mmap) -> None:
 
     def before(call: Callable[..., Any], halves: bool) -> Callable[..., Any]:
         def called(descriptor: int, *arguments: Any) -> Any:
-            if due():
-                if halves:
-                    call(descriptor, memoryview(arguments[0]).cast("B")[: len(arguments[0]) // 2], *arguments[1:])
-                happen()
-            return call(descriptor, *arguments)
+            try:
+                if due():
+                    if halves:
+                        call(descriptor, memoryview(arguments[0]).cast("B")[: len(arguments[0]) // 2], *arguments[1:])
+                    happen()
+                return call(descriptor, *arguments)
+            finally:
+                del arguments  # or the traceback of a full disk would keep a buffer from being closed
 
         return called
 
