@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -149,4 +150,24 @@ def test_a_second_run_is_refused(server, case: Case, expected, events_and_files,
         server.go_on(first)
         must_succeed(server.wait(first))
         check_same(snapshot(folder), expected, f"{case}, {share}")
-    assert refusals and all("another run is writing" in line for line in refusals), refusals
+    assert refusals or case.grows == ["results.jsonl"], "it never held what it writes"
+    assert all("another run is writing" in line for line in refusals), refusals
+
+
+@pytest.mark.slow
+def test_a_second_evaluation_is_refused(server, known, tmp_path):
+    """Which changes its file without a moment that is counted: stopped when it has a reply."""
+    case = known["evaluate gsm8k"]
+    whole, folder = make(tmp_path / "whole", case), make(tmp_path / "run", case)
+    must_succeed(server.run(case, whole))
+    first = server.start(case, folder)
+    while not (folder / "results.jsonl").exists() or (folder / "results.jsonl").read_bytes().count(b"\n") < 2:
+        time.sleep(0.0005)
+    os.kill(first, signal.SIGSTOP)
+    assert server.wait(first).status is None
+    before = snapshot(folder)
+    assert "another run is writing" in refused(server.run(case, folder))
+    assert snapshot(folder) == before
+    server.go_on(first)
+    must_succeed(server.wait(first))
+    check_same(snapshot(folder), snapshot(whole))

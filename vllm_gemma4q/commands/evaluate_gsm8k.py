@@ -1,6 +1,7 @@
 """`gemma4q evaluate gsm8k`"""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -63,6 +64,8 @@ def command(
         protocol = _protocol(questions, shots, n_shots, seed, limit, max_tokens)
         if baseline is not None and not _same(baseline, results):
             _check_baseline(baseline, protocol)
+        if url is not None:
+            log = log or Path(os.devnull)  # no engine is started that could print
         found = _run(
             protocol, _target(checkpoint, url, model, serve_flag or [], (retries, timeout)), results, concurrency, log
         )
