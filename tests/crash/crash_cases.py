@@ -81,7 +81,7 @@ def write_inputs(folder: Path) -> Path:
     write_compared(folder / "small-Q8_0.gguf", small_config(**CACHE)["text_config"], "Q8_0")
     text_results(folder / "kld.json", [folder / "int8", folder / "small-Q8_0.gguf"], folder / "base")
     (folder / "text.txt").write_text(TEXT)
-    write_questions(folder / "questions.jsonl", 8)
+    write_questions(folder / "questions.jsonl", 40)
     write_questions(folder / "shots.jsonl", 9, first=100)
 
     (folder / "gguf").mkdir()

@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from crash_cases import CASES
 from crash_runs import Case, Files, check_same, check_unfinished, make, must_succeed, snapshot
 
+GSM8K = "evaluate gsm8k"
 GROWN, PAGE = "64m", 4096
 
 
@@ -68,7 +70,7 @@ def test_a_full_disk(server, case: Case, expected, disk):
     remount(disk, f"size={GROWN}")
     folder = make(disk / "run", case)
     half = sum(map(len, expected.values())) // 2
-    remount(disk, f"size={shutil.disk_usage(disk).used + half // PAGE * PAGE + PAGE}")
+    remount(disk, f"size={shutil.disk_usage(disk).used + max(PAGE, half // PAGE * PAGE)}")
     check_stopped(server.run(case, folder), case, folder, expected)
     remount(disk, f"size={GROWN}")
     must_succeed(server.run(case, folder))
@@ -116,7 +118,7 @@ def test_a_read_only_target(server, case: Case, expected, disk):
 
 
 @pytest.mark.slow
-def test_a_target_on_another_file_system(server, case: Case, expected, disk, tmp_path):
+def test_a_target_on_another_file_system(server, case: Case, expected, events_and_files, disk):
     """Than TMPDIR, and than all that is read: killed once there, too."""
     place = Path("/dev/shm") if disk is None else disk
     if disk is not None:
@@ -125,7 +127,7 @@ def test_a_target_on_another_file_system(server, case: Case, expected, disk, tmp
         pytest.skip("there is no second file system here")
     folder = make(place / f"crash-{os.getpid()}", case)
     try:
-        ended = server.run(case, folder, at=5)
+        ended = server.run(case, folder, at=max(1, events_and_files[0] // 2))
         assert ended.status == -signal.SIGKILL
         must_succeed(server.run(case, folder))
         check_same(snapshot(folder), expected)
@@ -134,6 +136,7 @@ def test_a_target_on_another_file_system(server, case: Case, expected, disk, tmp
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", [name for name in CASES if name != GSM8K], indirect=True)
 def test_a_second_run_is_refused(server, case: Case, expected, events_and_files, tmp_path):
     """The first is stopped at some points while the second tries, in the same folder. Before the first has begun to
     write, and when it has ended, the second may do its work: then the first must not spoil it."""
@@ -150,14 +153,13 @@ def test_a_second_run_is_refused(server, case: Case, expected, events_and_files,
         server.go_on(first)
         must_succeed(server.wait(first))
         check_same(snapshot(folder), expected, f"{case}, {share}")
-    assert refusals or case.grows == ["results.jsonl"], "it never held what it writes"
-    assert all("another run is writing" in line for line in refusals), refusals
+    assert refusals and all("another run is writing" in line for line in refusals), refusals
 
 
 @pytest.mark.slow
 def test_a_second_evaluation_is_refused(server, known, tmp_path):
     """Which changes its file without a moment that is counted: stopped when it has a reply."""
-    case = known["evaluate gsm8k"]
+    case = known[GSM8K]
     whole, folder = make(tmp_path / "whole", case), make(tmp_path / "run", case)
     must_succeed(server.run(case, whole))
     first = server.start(case, folder)
