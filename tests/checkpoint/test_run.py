@@ -1,13 +1,11 @@
 """Interrupted, repeated, concurrent and refused runs: nothing lost, nothing half-written."""
 
 import json
-import random
 import shutil
 import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +18,6 @@ from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.quark_int8 import quantize
 
 SCRIPT = Path(__file__).with_name("killed_run.py")
-GEMMA4Q = Path(sys.executable).with_name("gemma4q")
 
 
 def content(folder):
@@ -54,27 +51,6 @@ def test_killed_again_and_again_and_resumed_is_byte_identical(source, unbroken, 
     assert len(finished) >= 2
     assert finished == sorted(set(finished))
     assert content(target) == unbroken
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments(source, tmp_path):
-    """The whole command, killed from outside at fifteen moments of its life, sidecars and manifest included."""
-    generator = random.Random(0)
-    command = [GEMMA4Q, "quantize", source, "target", "--scheme", "quark-int8", "--max-shard-size", "60kB"]
-    folder = tmp_path / "whole"
-    folder.mkdir()
-    started = time.perf_counter()
-    subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
-    duration = time.perf_counter() - started
-    for attempt in range(15):
-        folder = tmp_path / str(attempt)
-        folder.mkdir()
-        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
-        time.sleep(duration * generator.uniform(0.7, 1.0))
-        process.kill()
-        process.wait()
-        subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
-        assert content(folder / "target") == content(tmp_path / "whole" / "target")
 
 
 def test_repeating_a_finished_run_does_nothing(source, tmp_path):

@@ -1,6 +1,5 @@
 """What all crash tests share: inputs, a chat server, and a process that forks runs of both commands."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +8,6 @@ from crash_cases import CASES, cases, write_inputs
 from crash_runs import ALL, Case, Server, serving
 from gsm8k_server import Chat
 from gsm8k_server import serving as chatting
-
-SEED = int(os.environ.get("GEMMA4Q_CRASH_SEED", "0"))
-KILLS = int(os.environ.get("GEMMA4Q_CRASH_KILLS", "50"))
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,8 @@ ALL = (
     "vllm_gemma4q.commands.calibrate", "vllm_gemma4q.commands.quantize", "vllm_gemma4q.commands.prune",
     "vllm_gemma4q.commands.restore", "vllm_gemma4q.commands.evaluate", "vllm_gemma4q.commands.vram",
 )  # fmt: skip
+SEED = int(os.environ.get("GEMMA4Q_CRASH_SEED", "0"))
+KILLS = int(os.environ.get("GEMMA4Q_CRASH_KILLS", "50"))
 SERVER = Path(__file__).with_name("fork_server.py")
 FEW = 4  # changes of files: then only time tells moments apart
 LONGEST = 120.0  # seconds that a run may take
