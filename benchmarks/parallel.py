@@ -25,23 +25,7 @@ from result_file import on_this_cpu, write
 
 LAYOUTS = {"TP 1": (1, False), "TP 2": (2, False), "TP 4": (4, False), "TP 2, EP": (2, True), "TP 4, EP": (4, True)}
 PROMPTS, TOKENS = 8, 16
-ENGINE = """
-import json, sys
-from vllm import LLM, SamplingParams
-
-def held(model):
-    tensors = [*model.parameters(), *model.buffers()]
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
-
-if __name__ == "__main__":
-    request = json.loads(sys.argv[1])
-    llm = LLM(**request["engine"], max_model_len=512, enforce_eager=True, enable_prefix_caching=False,
-              limit_mm_per_prompt={"image": 0, "video": 0, "audio": 0})
-    greedy = SamplingParams(temperature=0, max_tokens=request["tokens"], ignore_eos=True, detokenize=False)
-    found = llm.generate([{"prompt": text} for text in request["prompts"]], greedy, use_tqdm=False)
-    print("FOUND " + json.dumps({"tokens": [list(one.outputs[0].token_ids) for one in found],
-                                 "bytes": llm.apply_model(held)}))
-"""
+ENGINE = Path(__file__).with_name("parallel_engine.py")
 
 
 def ask(model: Path, ranks: int, expert_parallel: bool, prompts: list[str]) -> dict[str, Any]:
@@ -57,12 +41,8 @@ def ask(model: Path, ranks: int, expert_parallel: bool, prompts: list[str]) -> d
         "VLLM_NO_USAGE_STATS": "1",
         "OMP_NUM_THREADS": "1",
     }
-    with tempfile.TemporaryDirectory() as folder:
-        script = Path(folder, "engine.py")
-        script.write_text(ENGINE)
-        done = subprocess.run(
-            [sys.executable, script, request], capture_output=True, text=True, env=environment, check=False
-        )
+    command = [sys.executable, str(ENGINE), request]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     for line in done.stdout.splitlines():
         if line.startswith("FOUND "):
             found: dict[str, Any] = json.loads(line.removeprefix("FOUND "))

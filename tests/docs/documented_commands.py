@@ -23,9 +23,10 @@ PAGES = [
 ON_A_SMALL_MODEL = {
     "--size 14GiB": "--bpw 4.5",
     "--size 13GiB": "--bpw 4",
-    "statistics.safetensors --text": "statistics.safetensors --samples 12 --max-length 256 --text",
-    "hessians.safetensors --text": "hessians.safetensors --samples 12 --max-length 256 --text",
-    "--keep 98": "--keep 12",
+    "-it statistics.safetensors --text": "-it statistics.safetensors --samples 12 --max-length 256 --text",
+    "-it hessians.safetensors --text": "-it hessians.safetensors --samples 12 --max-length 256 --text",
+    "moe-statistics.safetensors --text": "moe-statistics.safetensors --samples 12 --max-length 256 --text",
+    "--keep 98": "--keep 12 --samples 8 --max-length 256",
     "--workers 8": "--workers 2",
     "-tp 4 --vram 24GiB": "-tp 2 --vram 24GiB",
     "doctor gemma-4-31B-int8 -tp 4": "doctor gemma-4-31B-int8 -tp 2",

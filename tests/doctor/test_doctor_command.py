@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,6 @@ from synthetic import CONFIG_26B_A4B, CONFIG_31B, shapes
 
 from vllm_gemma4q.architecture import is_fused_experts, is_linear_weight, parse_text_architecture
 from vllm_gemma4q.checkpoint.header import write_header
-from vllm_gemma4q.cli import main
 from vllm_gemma4q.doctor.checks.parallel import largest_of_all
 from vllm_gemma4q.quark_int8.format import quantization_config
 
@@ -30,17 +30,9 @@ MB = 1_000_000
 
 
 @pytest.fixture
-def doctor(monkeypatch, capsys):
+def doctor(gemma4q):
     """Runs the command; returns its exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gemma4q", "doctor", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        captured = capsys.readouterr()
-        return end.value.code or 0, captured.out, captured.err
-
-    return run
+    return partial(gemma4q, "doctor")
 
 
 def write_int8(folder, config, tensors):

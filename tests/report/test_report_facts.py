@@ -4,8 +4,8 @@ import hashlib
 import json
 import re
 import shutil
-import sys
 from base64 import b64encode
+from functools import partial
 
 import numpy as np
 import pytest
@@ -31,7 +31,6 @@ from vllm_plugin.checkpoints import load
 
 from vllm_gemma4q.calibration.identity import model_identity
 from vllm_gemma4q.checkpoint import open_checkpoint
-from vllm_gemma4q.cli import main
 from vllm_gemma4q.evaluation.gsm8k.answers import Reply
 from vllm_gemma4q.evaluation.gsm8k.report import report as gsm8k_report
 from vllm_gemma4q.evaluation.gsm8k.results import Results
@@ -49,17 +48,9 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.fixture
-def report(monkeypatch, capsys):
+def report(gemma4q):
     """Runs the command; returns its exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gemma4q", "report", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        captured = capsys.readouterr()
-        return end.value.code or 0, captured.out, captured.err
-
-    return run
+    return partial(gemma4q, "report")
 
 
 @pytest.mark.parametrize("scheme", ["int8", "fp8", "exl3"])

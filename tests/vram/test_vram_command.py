@@ -1,7 +1,7 @@
 """`gemma4q vram` as users run it: the published table with vLLM beside, files, what fits, pictures, refusals."""
 
 import json
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,25 +9,15 @@ import pytest
 from gguf import GGUFWriter
 from synthetic import small_config, write_checkpoint, write_json
 
-from vllm_gemma4q.cli import main
-
 GIB = 2**30
 SMALL = Path(__file__).resolve().parents[2] / "examples" / "small_gemma4"
 BITS = ("--bits", "3.5,4,5,6,8", "--head-bits", "6,6,6,6,8")
 
 
 @pytest.fixture
-def vram(monkeypatch, capsys):
+def vram(gemma4q):
     """Runs the command; returns its exit code, stdout and stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gemma4q", "vram", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        captured = capsys.readouterr()
-        return end.value.code, captured.out, captured.err
-
-    return run
+    return partial(gemma4q, "vram")
 
 
 @pytest.fixture
