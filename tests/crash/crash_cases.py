@@ -161,7 +161,7 @@ def cases(made: Path, url: str) -> list[Case]:
         ),
         gguf_mixed(
             "prune a GGUF", "prune", made / "mixture-gguf" / "model.gguf", "out.gguf", "--drop-map",
-            made / "mixture-gguf" / "drop.json",
+            made / "mixture-gguf" / "drop.json", "--overwrite", replaced=["out.gguf"],
         ),
         gguf_mixed("imatrix --write", "imatrix", imatrix, "--write", "out.gguf", replaced=["out.gguf"]),
         gguf_mixed(
