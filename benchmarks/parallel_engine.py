@@ -1,6 +1,6 @@
 """Run by `parallel.py` in a process of its own: greedy answers of one engine, and what each of its ranks holds.
 
-python benchmarks/parallel_engine.py REQUEST        JSON: engine (arguments of vllm.LLM), prompts, tokens
+python benchmarks/parallel_engine.py REQUEST        JSON: engine (arguments of vllm.LLM), chats
 """
 
 import json
@@ -15,7 +15,7 @@ def held(model: Any) -> int:
 
 
 def main(request: dict[str, Any]) -> None:
-    """Print `FOUND` and a JSON document: tokens by prompt, bytes by rank."""
+    """Print `FOUND` and a JSON document: tokens by chat, bytes by rank."""
     import parallel_engine  # workers find the function by the name of a module, which __main__ is not for them
     from vllm import LLM, SamplingParams
 
@@ -26,8 +26,8 @@ def main(request: dict[str, Any]) -> None:
         enable_prefix_caching=False,
         limit_mm_per_prompt={"image": 0, "video": 0, "audio": 0},
     )
-    greedy = SamplingParams(temperature=0, max_tokens=request["tokens"], ignore_eos=True, detokenize=False)
-    found = llm.generate([{"prompt": text} for text in request["prompts"]], greedy, use_tqdm=False)
+    greedy = SamplingParams(temperature=0, max_tokens=16)
+    found = llm.chat(request["chats"], greedy, use_tqdm=False)
     tokens = [list(one.outputs[0].token_ids) for one in found]
     print("FOUND " + json.dumps({"tokens": tokens, "bytes": llm.apply_model(parallel_engine.held)}))
 

@@ -1,6 +1,8 @@
 """One checkpoint of every scheme, made from the small trained models by the commands that users run."""
 
 import gzip
+import importlib.util
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +12,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = ROOT / "examples" / "small_gemma4"
 _KEPT = 12  # of 16 experts
 _TEXT_CHARACTERS = 40_000
-_PROMPT_CHARACTERS = 300
 
 
 def checkpoints(work: Path, wanted: Sequence[str] = ()) -> dict[str, Path]:
@@ -27,10 +28,16 @@ def checkpoints(work: Path, wanted: Sequence[str] = ()) -> dict[str, Path]:
     return found
 
 
-def prompts(count: int) -> list[str]:
-    """Beginnings of sections of the text that the small models learned."""
-    sections = gzip.decompress((SMALL / "corpus.txt.gz").read_bytes()).decode().split("\f")
-    return [section.strip()[:_PROMPT_CHARACTERS] for section in sections[:count]]
+def chats(count: int) -> list[list[dict[str, str]]]:
+    """Questions whose answer is one word that the small models learned: a longer one ends in near-ties of bfloat16."""
+    spec = importlib.util.spec_from_file_location("held_out", SMALL / "held_out.py")
+    assert spec is not None and spec.loader is not None
+    held_out = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(held_out)
+    conversations = held_out.conversations(8 * count)
+    facts = [chat[:-1] for chat in conversations
+             if not re.search(r"\d", chat[-2]["content"]) and " " not in chat[-1]["content"]]  # fmt: skip
+    return facts[:count]
 
 
 def _original(kind: str) -> Callable[[Path], Path]:

@@ -28,6 +28,7 @@ ON_A_SMALL_MODEL = {
     "moe-statistics.safetensors --text": "moe-statistics.safetensors --samples 12 --max-length 256 --text",
     "--keep 98": "--keep 12 --samples 8 --max-length 256",
     "--workers 8": "--workers 2",
+    "--bits 3.5 --bits 4 --bits 6": "--bits 4",
     "-tp 4 --vram 24GiB": "-tp 2 --vram 24GiB",
     "doctor gemma-4-31B-int8 -tp 4": "doctor gemma-4-31B-int8 -tp 2",
 }
@@ -36,6 +37,7 @@ LENGTH = 30_000  # characters of a text
 NOT_RUN = {
     r"make \w+": "what CI and a newcomer run from a clean clone",
     r"pip install \.": "tests/packaging installs what is built",
+    r"gemma4q evaluate perplexity": "what the next line does, and tests/evaluation",
     r"gemma4q tune": "needs a GPU",
     r".* --ray\b": "tests/scale has a cluster of two nodes",
     r"RAY_USAGE_STATS_ENABLED=0 ray start": "likewise",
