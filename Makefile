@@ -12,7 +12,7 @@ PARALLEL ?= -n 2 --dist loadfile
 help:
 	@echo "make demo [MODEL=folder]  quantize a Gemma 4 to INT8 and serve it, and to GGUF; report"
 	@echo "          [PART=gguf]     one half of it: int8 or gguf"
-	@echo "make test                 the tests (about 7 minutes on 2 cores)"
+	@echo "make test                 the tests (about 8 minutes on 2 cores)"
 	@echo "make test-slow            the tests that take longer"
 	@echo "make test-gpu             the kernels on a CUDA or ROCm GPU"
 	@echo "make lint                 ruff, mypy, typos"
@@ -32,6 +32,7 @@ test: environment
 test-slow: environment
 	@$(PYTHON) environment/create.py --quark
 	@$(RUN) environment/build_llama_cpp.py
+	@$(RUN) environment/browser.py
 	$(RUN) -m pytest -m "slow and not gpu" $(PARALLEL) $(ARGS)
 
 test-gpu: environment
