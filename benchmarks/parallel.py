@@ -26,6 +26,7 @@ from result_file import on_this_cpu, write
 LAYOUTS = {"TP 1": (1, False), "TP 2": (2, False), "TP 4": (4, False), "TP 2, EP": (2, True)}
 CHATS = 8
 Chats = list[list[dict[str, str]]]
+_STARTUP = "Engine core initialization failed"  # names no reason
 ENGINE = Path(__file__).with_name("parallel_engine.py")
 
 
@@ -48,7 +49,7 @@ def ask(model: Path, ranks: int, expert_parallel: bool, chats: Chats) -> dict[st
         if line.startswith("FOUND "):
             found: dict[str, Any] = json.loads(line.removeprefix("FOUND "))
             return found
-    errors = [line for line in (done.stdout + done.stderr).splitlines() if "Error" in line]
+    errors = [line for line in (done.stdout + done.stderr).splitlines() if "Error" in line and _STARTUP not in line]
     return {"refused": (errors or ["died in silence"])[-1][-300:]}
 
 
