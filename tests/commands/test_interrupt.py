@@ -17,8 +17,9 @@ BIN = Path(sys.executable).parent
     [
         ("gguf-mixed imatrix {folder}/imatrix.dat", "imatrix.dat", "interrupted\n"),
         (
-            "gemma4q quantize {folder} {folder}/out --scheme quark-int8",
-            "config.json",
+            "gemma4q evaluate gsm8k --url http://127.0.0.1:9 --questions {folder}/questions.jsonl "
+            "--shots {folder}/questions.jsonl --results {folder}/results.jsonl",
+            "questions.jsonl",
             "interrupted: run the same command again to resume\n",
         ),
     ],
