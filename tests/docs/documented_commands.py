@@ -30,6 +30,7 @@ ON_A_SMALL_MODEL = {
     "--workers 8": "--workers 2",
     "--bits 3.5 --bits 4 --bits 6": "--bits 4",
     "-tp 4 --vram 24GiB": "-tp 2 --vram 24GiB",
+    "--context 8K": "--context 2K",
     "doctor gemma-4-31B-int8 -tp 4": "doctor gemma-4-31B-int8 -tp 2",
 }
 LENGTH = 30_000  # characters of a text

@@ -25,6 +25,7 @@ from gguf_mixed.imatrix_gguf import read_imatrix
 from gguf_mixed.llama_cpp import find_tool
 from gguf_mixed.perplexity import divergence, positions_of, write_base
 from gguf_mixed.tensors import read_inventory
+from gguf_mixed.tether import spawn
 from vllm_gemma4q.checkpoint import open_checkpoint
 from vllm_gemma4q.checkpoint.run import MANIFEST
 from vllm_gemma4q.cli import application
@@ -168,20 +169,14 @@ def served(small: Path) -> Iterator[str]:
     """The script, left running until vLLM answers; the URL."""
     port, log = server._free_port(), small / "serve.log"
     flags = ["--port", str(port), "--max-model-len", "512", "--enforce-eager", "--served-model-name", server.MODEL_NAME]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [EXAMPLES / SERVE, "moe", "text.txt", *flags],
-            cwd=small,
-            env=environment([BIN], **SMALL, **server.CPU_ENVIRONMENT),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
+    command = [str(EXAMPLES / SERVE), "moe", "text.txt", *flags]
+    variables = environment([BIN], **SMALL, **server.CPU_ENVIRONMENT)
+    with (
+        log.open("wb") as output,
+        spawn(command, 30, cwd=small, env=variables, stdout=output, stderr=subprocess.STDOUT) as process,
+    ):
         server._wait_until_ready(process, port, log)
         yield f"http://127.0.0.1:{port}/v1"
-    finally:
-        server._stop(process)
 
 
 @pytest.mark.engine

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -133,14 +134,21 @@ def test_a_node_is_killed_half_way(cluster, workers, tmp_path):
         began_at = [path.stat().st_mtime for path in began.glob(f"{node}.*")]
         return bool(began_at) and time.time() - max(began_at) < 0.6 * scale_tasks.PAUSE
 
-    def progress(_):
-        finished = len(list(target.glob("*.safetensors")))
-        if not killed and finished >= 2 and is_in_a_task(cluster.other.node_id):
-            killed.append(cluster.other.node_id)
-            cluster.remove_node(cluster.other, allow_graceful=False)
+    def kill_in_a_task():
+        while not ended.wait(0.02):
+            if len(list(target.glob("*.safetensors"))) >= 2 and is_in_a_task(cluster.other.node_id):
+                killed.append(cluster.other.node_id)
+                cluster.remove_node(cluster.other, allow_graceful=False)
+                return
 
     conversion = scale_tasks.plan(open_checkpoint(source), began)
-    assert convert(conversion, target, ["test"], progress, workers=workers)
+    ended, killer = threading.Event(), threading.Thread(target=kill_in_a_task)
+    killer.start()
+    try:
+        assert convert(conversion, target, ["test"], lambda _: None, workers=workers)
+    finally:
+        ended.set()
+        killer.join()
     assert content(target) == content(tmp_path / "alone")
     nodes = [path.name.partition(".")[0] for path in began.iterdir()]
     assert killed and set(nodes) > set(killed), "both worked"
