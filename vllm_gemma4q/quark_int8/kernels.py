@@ -1,4 +1,4 @@
-"""Which INT8 kernels vLLM runs on a GPU: its own, or those of `gemma4q_kernels`.
+"""Which INT8 kernels vLLM runs: on a GPU its own, or those of `gemma4q_kernels`; on a CPU its own, mended.
 
 Ours (`gpu_linear`, `gpu_experts`) serve layers with a weight scale a channel and dynamic symmetric activation scales a
 token. vLLM hears of them when the first layer of a claimed checkpoint is built, so other models, and processes that
@@ -10,7 +10,8 @@ load none, never do. `GEMMA4Q_INT8_KERNELS` says when they run:
     0       never: vLLM does not hear of them
 
 What they cannot do (other schemes, LoRA on experts, GPUs older than sm_80) stays with vLLM's kernels in every case.
-On a CPU they are never chosen.
+On a CPU they are never chosen; there `cpu_linear` comes before vLLM's kernel, whatever the variable says: it is the
+same but for weights that vLLM's refuses.
 
 Not done here: choosing by architecture or by size.
 """
@@ -67,6 +68,7 @@ def register() -> None:
     """
     choice = wanted()
     _register_variable()
+    _register_cpu_linear()
     _register_linear(choice)
     _register_experts(choice)
 
@@ -76,6 +78,19 @@ def _register_variable() -> None:
     from vllm import envs
 
     envs.environment_variables[VARIABLE] = lambda: wanted().name
+
+
+def _register_cpu_linear() -> None:
+    from vllm.model_executor.kernels.linear import _POSSIBLE_INT8_KERNELS, CPUInt8ScaledMMLinearKernel
+    from vllm.platforms import PlatformEnum, current_platform
+
+    if not current_platform.is_cpu():
+        return
+    from vllm_gemma4q.quark_int8.cpu_linear import Gemma4qCpuInt8LinearKernel
+
+    kernels = _POSSIBLE_INT8_KERNELS[PlatformEnum.CPU]
+    if Gemma4qCpuInt8LinearKernel not in kernels:
+        kernels.insert(kernels.index(CPUInt8ScaledMMLinearKernel), Gemma4qCpuInt8LinearKernel)
 
 
 def _register_linear(choice: Wanted) -> None:

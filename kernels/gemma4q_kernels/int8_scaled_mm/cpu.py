@@ -1,12 +1,14 @@
 """INT8 W8A8 on a CPU: `torch._int_mm` for plain weights, vLLM's oneDNN operators for packed ones.
 
 A packed weight is reordered once into the layout of the processor's dot-product instructions and runs about twice as
-fast as `_int_mm` and as bfloat16. Both are exact. `_int_mm` also serves GPUs (cuBLASLt, hipBLASLt) where its shape
-rules hold.
+fast as `_int_mm` and as bfloat16. Both are exact where they are used: oneDNN sums in saturating 16 bits on x86 without
+VNNI, where torch's `_int_mm` may do without it and vLLM's operators do not; each is asked. `_int_mm` also serves GPUs
+(cuBLASLt, hipBLASLt) where its shape rules hold.
 """
 
 import math
 import weakref
+from functools import cache
 
 import torch
 
@@ -64,8 +66,10 @@ def quantize_per_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return quantize_by_torch(x)
     if not math.isfinite(float(x.sum())):
         return quantize_by_torch(x)
-    q, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[0], 1)
+    q, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[0], 1, dtype=torch.float32)
     torch.ops._C.dynamic_scaled_int8_quant(q, x.contiguous(), scale, None)
+    if not bool(scale.all()):  # without AVX-512 such rows are -128 everywhere
+        q.masked_fill_(scale == 0, 0)
     return q, scale
 
 
@@ -88,10 +92,11 @@ class OneDnnWeight:
 
     @staticmethod
     def can_implement(problem: Problem) -> Support:
-        """A CPU with vLLM's CPU build."""
+        """A CPU with vLLM's CPU build that does not saturate."""
         if problem.device.type != "cpu":
             return no(f"onednn runs on the CPU, got device {problem.device}")
-        return vllm_onednn()
+        support = vllm_onednn()
+        return _packed_is_exact() if support else support
 
     def scaled_mm(self, x_q: torch.Tensor, x_scale: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """int8 [M, K] and float32 [M, 1] -> [M, N] of `out_dtype`, to which the bias is rounded first."""
@@ -106,6 +111,17 @@ class OneDnnWeight:
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """float [M, K], quantized per token, -> [M, N] of `out_dtype`."""
         return self.scaled_mm(*quantize_per_token(x), bias)
+
+
+@cache
+def _packed_is_exact() -> Support:
+    """Whether vLLM's operators are exact on this CPU, by the largest values: its oneDNN is not torch's."""
+    codes = torch.full((16, 64), 127, dtype=torch.int8)
+    ones = torch.ones(16, 1, dtype=torch.float32)  # vLLM changes the default dtype
+    product = OneDnnWeight(codes, ones, torch.float32).scaled_mm(codes, ones)
+    if bool((product == 64 * 127 * 127).all()):
+        return YES
+    return no("vLLM's oneDNN saturates on this CPU (x86 without VNNI)")
 
 
 class PlainWeight:
