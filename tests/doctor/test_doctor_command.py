@@ -19,13 +19,17 @@ from synthetic import CONFIG_26B_A4B, CONFIG_31B, shapes
 
 from vllm_gemma4q.architecture import is_fused_experts, is_linear_weight, parse_text_architecture
 from vllm_gemma4q.checkpoint.header import write_header
+from vllm_gemma4q.doctor.checks import amx
 from vllm_gemma4q.doctor.checks.parallel import largest_of_all
+from vllm_gemma4q.doctor.engines import VLLM, VLLM_STOCK, Device, parse_engine
+from vllm_gemma4q.doctor.subject import open_subject
 from vllm_gemma4q.quark_int8.format import quantization_config
 
 GEMMA4Q, GGUF_MIXED = (Path(sys.executable).with_name(name) for name in ("gemma4q", "gguf-mixed"))
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "gemma-4-31b" / "hf_text_tensors.json"
 SIDECARS = ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "generation_config.json",
             "chat_template.jinja")  # fmt: skip
+SMALL_MOE = json.loads((SMALL / "moe" / "config.json").read_text())
 MB = 1_000_000
 
 
@@ -203,6 +207,31 @@ def test_ranks(good, doctor):
     code, out, _ = doctor(good["bf16-moe"], "-tp", 2, "-ep", "--device", "cpu", "--engine", "vllm-stock")
     assert code == 1 and "segmentation fault" in out
     assert doctor(good["bf16-moe"], "-tp", 2, "-ep", "--device", "cpu")[0] == 0
+
+
+# gate and up: 2 x 96 and 2 x 2112 rows among the ranks.
+@pytest.mark.parametrize(
+    ("config", "ranks", "rows", "most"),
+    [(SMALL_MOE, 4, 48, 2), (SMALL_MOE, 2, None, None), (CONFIG_26B_A4B, 8, 528, 4), (CONFIG_26B_A4B, 16, None, None),
+     (CONFIG_31B, 8, None, None), (CONFIG_31B, 32, None, None)],
+    ids=["small, 4", "small, 2", "26B, 8", "26B, 16", "31B, 8", "31B, 32"],
+)  # fmt: skip
+@pytest.mark.parametrize("has_amx", [True, False], ids=["AMX", "no AMX"])
+def test_rows_that_stock_vllm_cannot_pack(config, ranks, rows, most, has_amx, tmp_path, monkeypatch):
+    """As an INT8 engine on a CPU with AMX was seen to stop, and only there; the plugin does without that packing."""
+    monkeypatch.setattr(amx, "cpu_has_amx", lambda: has_amx)
+    write_int8(tmp_path / "int8", config, list(shapes(config).items()))
+    subject = open_subject(tmp_path / "int8", None)
+    for engine, device in ((VLLM_STOCK, Device.GPU), (VLLM, Device.CPU)):
+        assert not list(amx.check(subject, parse_engine(engine, device, ranks)))
+    found = list(amx.check(subject, parse_engine(VLLM_STOCK, Device.CPU, ranks)))
+    assert len(found) == (rows is not None)
+    for finding in found:
+        assert finding.subject.endswith("layers.0.mlp.gate_proj.weight")
+        assert (finding.found, finding.expected) == (
+            f"{rows} rows on each of {ranks} ranks", f"a multiple of 32: at most {most} ranks"
+        )  # fmt: skip
+        assert finding.severity == ("error" if has_amx else "note")
 
 
 @pytest.mark.parametrize("key", ["num_experts_per_layer"])
