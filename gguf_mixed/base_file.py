@@ -85,10 +85,22 @@ def ensure_base(comparison: Comparison, path: Path, say: Log) -> Base:
             f"base file {path}: takes {size:,} bytes, and {free:,} are free: fewer --chunks, or another --base"
         )
     say(f"base file {path}: {size:,} bytes ({decimal(size)}), made by running {comparison.reference.name}")
-    # First the record: killed in between, it describes a file that is not there, and never is a file without one.
-    write_file(record_path(path), json.dumps(expected, indent=1) + "\n")
-    options = {"chunks": comparison.chunks, "context": comparison.context, "threads": comparison.threads}
-    return write_base(comparison.tool, comparison.reference, comparison.text, path, **options)  # type: ignore[arg-type]
+
+    # First the record: killed in between, it describes a file that is not there, and never is a file without one. But
+    # not before the file is held: another run may be writing it, for another record.
+    def record() -> None:
+        write_file(record_path(path), json.dumps(expected, indent=1) + "\n")
+
+    return write_base(
+        comparison.tool,
+        comparison.reference,
+        comparison.text,
+        path,
+        chunks=comparison.chunks,
+        context=comparison.context,
+        threads=comparison.threads,
+        held=record,
+    )
 
 
 def remove_base(path: Path) -> None:

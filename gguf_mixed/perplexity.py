@@ -15,10 +15,11 @@ checked here, before and after. Not checked: two tokenizers of the same size, wh
 import math
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gguf_mixed.atomic_file import replacing
 from gguf_mixed.errors import InputError
 from gguf_mixed.llama_cpp import Log, error_line, inference_options, last_line, run_tool
 from gguf_mixed.tensors import read_inventory
@@ -132,6 +133,7 @@ def write_base(
     log: Log = lambda line: None,
     options: Sequence[str] = (),
     main_niceness: int = 0,
+    held: Callable[[], object] = lambda: None,
 ) -> Base:
     """Run the reference over the start of a text; `base_path` appears only when it is complete.
 
@@ -142,23 +144,20 @@ def write_base(
         chunks: how many of `context` tokens. The text must hold so many, and at least two.
         log: gets every line printed; the chunks' perplexities come as one line at the end.
         options, main_niceness: more of llama-perplexity's; see `run_tool`.
+        held: called once no other run can write here any more, before llama-perplexity is started.
 
     Raises:
-        InputError: too little text, too few positions, the model is no GGUF, or llama-perplexity fails.
+        InputError: too little text, too few positions, the model is no GGUF, another run is writing this file, or
+            llama-perplexity fails.
     """
     if chunks * positions_of(context) < LEAST_POSITIONS:
         raise InputError(f"{chunks} chunks of {context} tokens: at least {LEAST_POSITIONS} positions are needed")
     vocabulary = vocabulary_of(model)
-    partial = base_path.with_name(base_path.name + ".partial")
-    command = [*text_command(tool, model, text, chunks, context, threads), "--kl-divergence-base", str(partial)]
-    try:
-        lines = run_tool([*command, *options], log, main_niceness)
-        written = _check_written(partial, Base(base_path, context, vocabulary, chunks), text, lines)
-        partial.replace(base_path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    return written
+    command = [*text_command(tool, model, text, chunks, context, threads), *options]
+    with replacing(base_path) as partial:
+        held()
+        lines = run_tool([*command, "--kl-divergence-base", str(partial)], log, main_niceness)
+        return _check_written(partial, Base(base_path, context, vocabulary, chunks), text, lines)
 
 
 def divergence(

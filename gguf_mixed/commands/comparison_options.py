@@ -1,7 +1,5 @@
 """Options of a comparison by llama-perplexity, shared by the commands that take them, and how they print."""
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Annotated
 import typer
 
 from gguf_mixed.perplexity import DEFAULT_CONTEXT, Divergence
+from gguf_mixed.temporary import temporary_folder
 
 DEFAULT_CHUNKS = 16
 
@@ -41,8 +40,5 @@ def base_path(given: Path | None) -> Iterator[Path]:
     if given is not None:
         yield given
         return
-    folder = Path(tempfile.mkdtemp(prefix="gguf-mixed-"))
-    try:
+    with temporary_folder("gguf-mixed-") as folder:
         yield folder / "base.kld"
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

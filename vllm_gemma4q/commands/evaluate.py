@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gguf_mixed.temporary import removed_if_killed, temporary_folder
 from vllm_gemma4q.commands import evaluate_gsm8k
 from vllm_gemma4q.commands.evaluate_report import show
 from vllm_gemma4q.commands.model import Device
@@ -96,9 +97,9 @@ def divergence_command(
 ) -> None:
     """Kullback-Leibler divergence from a reference over the whole vocabulary, and perplexity."""
     settings = Settings(engine, dtype, ranks, device.value, llama_cpp)
-    with engine_log(log) as output, tempfile.TemporaryDirectory(dir=work) as folder:
+    with engine_log(log) as output, temporary_folder(place=work) as folder:
         protocol = load([reference, *checkpoints], text, framing, context, chunks, settings, output)
-        files = Path(folder, "reference"), Path(folder, "other")
+        files = folder / "reference", folder / "other"
         result = _diverge(protocol, reference, checkpoints, noise_floor, files, output)
     show(result, as_json)
 
@@ -130,10 +131,14 @@ def _diverge(
 @contextmanager
 def engine_log(given: Path | None) -> Iterator[Path]:
     """Where the engine prints to: a file of the user's, or one that stays only after a failure that names it."""
-    path = given or Path(tempfile.gettempdir(), f"gemma4q-engine-{os.getpid()}.log")
-    path.write_bytes(b"")
-    yield path
-    if given is None:
+    if given is not None:
+        given.write_bytes(b"")
+        yield given
+        return
+    path = Path(tempfile.gettempdir(), f"gemma4q-engine-{os.getpid()}.log")
+    with removed_if_killed(path):
+        path.write_bytes(b"")
+        yield path
         path.unlink()
 
 

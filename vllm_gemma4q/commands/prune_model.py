@@ -1,7 +1,6 @@
 """What `gemma4q prune` does by running the model: judge candidates, spread a budget over layers, refit."""
 
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from tqdm import tqdm
 
 from gguf_mixed.drop_map import RetainedExperts
+from gguf_mixed.temporary import temporary_folder
 from vllm_gemma4q.checkpoint import Checkpoint
 from vllm_gemma4q.commands.model import Device, Dtype, load_decoder
 from vllm_gemma4q.errors import InputError
@@ -75,9 +75,9 @@ class PrunedModel:
         samples = self._cut(held_out, self._run.samples)
         variants = {name: Variant(retained, options=self._options) for name, retained in candidates.items()}
         first = next(iter(candidates))
-        with tempfile.TemporaryDirectory(prefix="gemma4q-", dir=work) as folder:
+        with temporary_folder(place=work) as folder:
             if refit_first:
-                weights = self.refit(candidates[first], Path(folder) / "refit")
+                weights = self.refit(candidates[first], folder / "refit")
                 variants[first + REFIT] = Variant(candidates[first], weights.tensors, self._options)
             return self._judged(judge, n_steps, samples.ids, variants)
 

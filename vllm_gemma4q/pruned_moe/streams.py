@@ -6,16 +6,15 @@ Each layer is loaded once and runs all samples of all variants before the next i
 Activations lie in memory up to a limit, else in a temporary folder. Not resumable: a run is a few forward passes.
 """
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from gguf_mixed.drop_map import RetainedExperts
+from gguf_mixed.temporary import temporary_folder
 from vllm_gemma4q.calibration.activations import Activations, StoredActivations
 from vllm_gemma4q.calibration.decoder import Decoder
 from vllm_gemma4q.calibration.forward import layout_of
@@ -119,8 +118,8 @@ class Streams:
             self._hidden = [Activations(layout) for _ in range(n_variants)]
             return
         # Open files without a name: a killed process leaves none behind.
-        with tempfile.TemporaryDirectory(prefix="gemma4q-") as folder:
-            paths = (Path(folder) / f"variant-{number}.bin" for number in range(n_variants))
+        with temporary_folder() as folder:
+            paths = (folder / f"variant-{number}.bin" for number in range(n_variants))
             self._hidden = [StoredActivations(path, layout, new=True) for path in paths]
 
     def __enter__(self) -> "Streams":

@@ -12,7 +12,6 @@ Not done: choosing devices, threads and offloaded layers: llama.cpp's own choice
 import math
 import re
 import subprocess
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from typing import Any
 
 from gguf_mixed.llama_cpp import error_line, find_tool, last_line, run_tool
 from gguf_mixed.perplexity import NICENESS, positions_of, text_command, write_base
+from gguf_mixed.temporary import temporary_folder
 from gguf_mixed.tether import spawn
 from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.evaluation.engines import logits_file
@@ -59,9 +59,9 @@ class LlamaCpp:
         Raises:
             InputError: llama-perplexity is not found, cannot load the model, or the text is too short.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "logits")
-            command = text_command(self._tool, model, self._write(Path(folder)), chunks or -1, context)
+        with temporary_folder() as folder:
+            path = folder / "logits"
+            command = text_command(self._tool, model, self._write(folder), chunks or -1, context)
             command += ["--kl-divergence-base", str(path), *_AS_IT_IS, *_TOKENS_ONLY]
             begun = log.stat().st_size if log.exists() else 0
             with log.open("ab") as output, spawn(command, **_to(output)) as process:
@@ -79,9 +79,9 @@ class LlamaCpp:
             raise InputError(f"{model}: got windows of {', '.join(windows)}, expected {Framing.RAW.value} for a GGUF")
         started = time.monotonic()
         place = None if distributions is None else distributions.parent
-        with tempfile.TemporaryDirectory(dir=place) as folder:
+        with temporary_folder(place=place) as folder:
             for niceness in NICENESS:  # until the last line is not lost
-                lines, vocabulary = self._run(model, windows[Framing.RAW], Path(folder), log, distributions, niceness)
+                lines, vocabulary = self._run(model, windows[Framing.RAW], folder, log, distributions, niceness)
                 if found := _estimate(model, lines, windows[Framing.RAW]):
                     return Scores({Framing.RAW: found}, vocabulary, time.monotonic() - started, logits_file.FLOOR)
         raise InputError(f"{model}: {_TOOL} printed no final estimate: {error_line(lines) or last_line(lines)}")

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -17,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from gguf_mixed.temporary import temporary_folder
 from gguf_mixed.tether import spawn
 from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.evaluation.engines.interface import Scores, Windows, all_windows, perplexities
@@ -52,8 +52,8 @@ class VLLM:
             "windows": [[list(window.tokens), window.first, window.last] for window in all_windows(windows)],
             "distributions": None if distributions is None else str(distributions.resolve()),
         }
-        with tempfile.TemporaryDirectory() as folder:
-            asked, answered = Path(folder, "request.json"), Path(folder, "answer.npz")
+        with temporary_folder() as folder:
+            asked, answered = folder / "request.json", folder / "answer.npz"
             asked.write_text(json.dumps(request))
             code = _run([sys.executable, "-m", _PROCESS, str(asked), str(answered)], log)
             if code or not answered.exists():
