@@ -1,12 +1,12 @@
 """Experts that `gemma4q_kernels` multiplies: what our methods of all schemes share.
 
-Parameters, loaded and sharded by vLLM's `RoutedExperts` (E local experts, I per tensor-parallel rank):
-    w13_weight [E, 2I, H], rows: gate, then up     w2_weight [E, H, I]     and the scheme's scales
 Expert parallelism is honoured through `expert_map`. Not done: LoRA on experts, EPLB.
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from gemma4q_kernels.grouped_mm import ACTIVATIONS
@@ -16,21 +16,87 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.utils import set_weight_attrs
 
 
-class OwnMoEMethod(FusedMoEMethodBase):
-    """One layer's experts.
+class LoadedMoEMethod(FusedMoEMethodBase):
+    """One layer's experts, which become one object when they are loaded, and one operation when they are applied.
 
     Args:
         scheme: of the experts, as errors name it.
-        dtype: of their weights.
 
     Raises:
         NotImplementedError: these experts cannot serve the configuration.
     """
 
-    def __init__(self, moe: FusedMoEConfig, scheme: str, dtype: torch.dtype) -> None:
+    def __init__(self, moe: FusedMoEConfig, scheme: str) -> None:
         super().__init__(moe)
         if reason := refusal(moe):
             raise NotImplementedError(f"{scheme}: {reason}")
+        self.experts: Callable[..., torch.Tensor] | None = None
+        self.expert_map: torch.Tensor | None = None
+
+    def loaded(self, layer: RoutedExperts, experts: Callable[..., torch.Tensor]) -> None:
+        """Say what a layer's weights have become: called with x, topk_weights, topk_ids, activation and expert_map."""
+        self.experts, self.expert_map = experts, layer.expert_map
+        _LOADED[layer.layer_name] = self
+
+    def apply(
+        self,
+        layer: RoutedExperts,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: object | None,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """This rank's share of the experts' output, [T, H]; vLLM sums over ranks."""
+        output: torch.Tensor = loaded_experts(x, topk_weights, topk_ids, layer.activation.value, layer.layer_name)
+        return output
+
+    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig | None:
+        return None
+
+
+# Layer names are unique among the models that run in one process (vLLM's forward context relies on it too).
+_LOADED: WeakValueDictionary[str, LoadedMoEMethod] = WeakValueDictionary()
+
+
+@torch.library.custom_op("gemma4q::experts", mutates_args=())
+def loaded_experts(
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, activation: str, layer_name: str
+) -> torch.Tensor:
+    """A layer's loaded experts as one opaque operation: torch.compile cannot trace which experts are active.
+
+    Args:
+        x: [T, H].
+        topk_weights: float [T, k].
+        topk_ids: int [T, k], global expert ids.
+        activation: one of `gemma4q_kernels.grouped_mm.ACTIVATIONS`.
+        layer_name: the engine's name of the layer.
+    """
+    method = _LOADED[layer_name]
+    if method.experts is None:
+        raise RuntimeError(f"{layer_name}: weights are not loaded")
+    return method.experts(x, topk_weights, topk_ids, activation, method.expert_map)
+
+
+@loaded_experts.register_fake
+def _loaded_experts_shape(
+    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, activation: str, layer_name: str
+) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+class OwnMoEMethod(LoadedMoEMethod):
+    """Experts with a weight and scales each, loaded and sharded by vLLM's `RoutedExperts`.
+
+    Parameters (E local experts, I per tensor-parallel rank):
+        w13_weight [E, 2I, H], rows: gate, then up     w2_weight [E, H, I]     and the scheme's scales
+
+    Args:
+        dtype: of their weights.
+    """
+
+    def __init__(self, moe: FusedMoEConfig, scheme: str, dtype: torch.dtype) -> None:
+        super().__init__(moe, scheme)
         self.weight_dtype = dtype
 
     @abstractmethod
@@ -60,9 +126,6 @@ class OwnMoEMethod(FusedMoEMethodBase):
             for scale, shape in self.scales(name, num_experts, rows[name]).items():
                 # NaN until loaded: a scale that nobody wrote must not pass for one.
                 _register(layer, scale, torch.full(shape, torch.nan, dtype=torch.float32), scale_attributes)
-
-    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig | None:
-        return None
 
 
 def refusal(moe: FusedMoEConfig) -> str | None:

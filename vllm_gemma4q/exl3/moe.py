@@ -8,21 +8,19 @@ Not done: one launch for all experts; LoRA, EPLB.
 
 from collections.abc import Callable, Mapping
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from gemma4q_kernels.exl3.slicing import Span
 from vllm.model_executor.layers.fused_moe import RoutedExperts
-from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEQuantConfig
-from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
 
 from vllm_gemma4q.exl3.experts import Expert, Experts
 from vllm_gemma4q.exl3.facts import INPUT_SIGNS, OUTPUT_SIGNS, TRELLIS, Packed
 from vllm_gemma4q.exl3.shards import Layout, Part, expert_share
-from vllm_gemma4q.moe_method import refusal
+from vllm_gemma4q.moe_method import LoadedMoEMethod
 
 
-class Exl3MoEMethod(FusedMoEMethodBase):
+class Exl3MoEMethod(LoadedMoEMethod):
     """One layer's experts.
 
     Args:
@@ -33,9 +31,7 @@ class Exl3MoEMethod(FusedMoEMethodBase):
     """
 
     def __init__(self, moe: FusedMoEConfig, linears: Mapping[str, Packed]) -> None:
-        super().__init__(moe)
-        if reason := refusal(moe):
-            raise NotImplementedError(f"EXL3 experts: {reason}")
+        super().__init__(moe, "EXL3 experts")
         self.linears = linears
 
     def create_weights(
@@ -73,26 +69,8 @@ class Exl3MoEMethod(FusedMoEMethodBase):
             layout.weights(*(getattr(layer, prefix + leaf) for leaf in (TRELLIS, INPUT_SIGNS, OUTPUT_SIGNS)))
             for prefix, layout in (("w13_", self.first), ("w2_", self.second))
         )
-        self.experts = Experts([Expert(*one) for one in zip(both[::2], both[1::2], down, strict=True)], self.hidden,
-                               self.inner)  # fmt: skip
-        self.expert_map = layer.expert_map
-        _LOADED[layer.layer_name] = self
-
-    def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig | None:
-        return None
-
-    def apply(
-        self,
-        layer: RoutedExperts,
-        x: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        shared_experts: object | None,
-        shared_experts_input: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """This rank's share of the experts' output, [T, H]; vLLM sums over ranks."""
-        output: torch.Tensor = exl3_experts(x, topk_weights, topk_ids, layer.activation.value, layer.layer_name)
-        return output
+        experts = [Expert(*one) for one in zip(both[::2], both[1::2], down, strict=True)]
+        self.loaded(layer, Experts(experts, self.hidden, self.inner))
 
 
 def _loader(layer: RoutedExperts, layout: Layout) -> Callable[..., bool | None]:
@@ -116,31 +94,3 @@ def _loader(layer: RoutedExperts, layout: Layout) -> Callable[..., bool | None]:
         return place >= 0 if return_success else None
 
     return load
-
-
-# Layer names are unique among the models that run in one process (vLLM's forward context relies on it too).
-_LOADED: WeakValueDictionary[str, Exl3MoEMethod] = WeakValueDictionary()
-
-
-@torch.library.custom_op("gemma4q::exl3_experts", mutates_args=())
-def exl3_experts(
-    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, activation: str, layer_name: str
-) -> torch.Tensor:
-    """A layer's loaded experts as one opaque operation: torch.compile cannot trace which experts are active.
-
-    Args:
-        x: [T, H].
-        topk_weights: float [T, k].
-        topk_ids: int [T, k], global expert ids.
-        activation: one of `gemma4q_kernels.grouped_mm.ACTIVATIONS`.
-        layer_name: the engine's name of the layer.
-    """
-    method = _LOADED[layer_name]
-    return method.experts(x, topk_weights, topk_ids, activation, method.expert_map)
-
-
-@exl3_experts.register_fake
-def _exl3_experts_shape(
-    x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, activation: str, layer_name: str
-) -> torch.Tensor:
-    return torch.empty_like(x)

@@ -9,6 +9,9 @@ Parameters of ours beside those of `moe_method`, float32: w13_weight_scale [E, 2
 Not done: one weight scale a row on GPUs (vLLM has no kernel with static inputs).
 """
 
+from functools import partial
+from typing import Any
+
 import torch
 from gemma4q_kernels import fp8_scaled_mm
 from vllm.model_executor.layers.fused_moe import FusedMoeWeightScaleSupported, RoutedExperts
@@ -118,65 +121,9 @@ class DecodedFp8MoEMethod(OwnMoEMethod):
             replace_parameter(layer, f"{name}_weight_scale", scale.repeat_interleave(rows // scale.shape[1], dim=1))
             # One for all experts, as vLLM's kernels have it.
             replace_parameter(layer, f"{name}_input_scale", getattr(layer, f"{name}_input_scale").data.max())
-
-    def apply(
-        self,
-        layer: RoutedExperts,
-        x: torch.Tensor,
-        topk_weights: torch.Tensor,
-        topk_ids: torch.Tensor,
-        shared_experts: object | None,
-        shared_experts_input: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """This rank's share of the experts' output, [T, H]; vLLM sums over ranks."""
-        output: torch.Tensor = fp8_static_experts(
-            x,
-            layer.w13_weight,
-            layer.w13_weight_scale,
-            layer.w2_weight,
-            layer.w2_weight_scale,
-            layer.w13_input_scale,
-            layer.w2_input_scale,
-            topk_weights,
-            topk_ids,
-            layer.activation.value,
-            layer.expert_map,
-        )
-        return output
+        self.loaded(layer, partial(_decoded_experts, layer))
 
 
-@torch.library.custom_op("gemma4q::fp8_static_experts", mutates_args=())
-def fp8_static_experts(
-    x: torch.Tensor,
-    w13: torch.Tensor,
-    w13_scale: torch.Tensor,
-    w2: torch.Tensor,
-    w2_scale: torch.Tensor,
-    w13_input_scale: torch.Tensor,
-    w2_input_scale: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    activation: str,
-    expert_map: torch.Tensor | None,
-) -> torch.Tensor:
-    """`gemma4q_kernels.fp8_scaled_mm.moe_fp8` as one opaque operation: torch.compile cannot trace active experts."""
-    return fp8_scaled_mm.moe_fp8(
-        x, w13, w13_scale, w2, w2_scale, w13_input_scale, w2_input_scale, topk_weights, topk_ids, activation, expert_map
-    )
-
-
-@fp8_static_experts.register_fake
-def _fp8_static_experts_shape(
-    x: torch.Tensor,
-    w13: torch.Tensor,
-    w13_scale: torch.Tensor,
-    w2: torch.Tensor,
-    w2_scale: torch.Tensor,
-    w13_input_scale: torch.Tensor,
-    w2_input_scale: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    activation: str,
-    expert_map: torch.Tensor | None,
-) -> torch.Tensor:
-    return torch.empty_like(x)
+def _decoded_experts(layer: RoutedExperts, x: torch.Tensor, *routing: Any) -> torch.Tensor:
+    first, second = (layer.w13_weight, layer.w13_weight_scale), (layer.w2_weight, layer.w2_weight_scale)
+    return fp8_scaled_mm.moe_fp8(x, *first, *second, layer.w13_input_scale, layer.w2_input_scale, *routing)
