@@ -75,24 +75,23 @@ def answers(
 
 
 def _groups(keys: list[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    """What can follow each other in one process."""
+    """What can follow each other in one process.
+
+    Tensors that nobody loads are what memory holds, which may be those of the engine before: these are alone. EXL3
+    brings in numba, and stays apart.
+    """
     for engine in (PLUGIN, STOCK):
         asked = [key for key in keys if key[1] == engine]
-        together = [key for key in asked if not _is_alone(*key)]
-        yield from [together] if together else []
-        yield from ([key] for key in asked if key not in together)
-
-
-def _is_alone(name: str, engine: str) -> bool:
-    """Whether a checkpoint gets a process of its own.
-
-    Tensors that nobody loads are what memory holds, which may be those of the engine before; and EXL3 brings in numba.
-    """
-    return name in UNLOADED or (engine == PLUGIN and name.startswith("exl3"))
+        alone = [key for key in asked if key[0] in UNLOADED]
+        exl3 = [key for key in asked if engine == PLUGIN and key[0].startswith("exl3")]
+        together = [key for key in asked if key not in alone and key not in exl3]
+        yield from (group for group in (together, exl3) if group)
+        yield from ([key] for key in alone)
 
 
 def _request(folder: Path, name: str, prompt: list[int]) -> dict[str, Any]:
-    settings: dict[str, Any] = {"distributed_executor_backend": "uni"}
+    # vLLM fills its cache with zeros: a gigabyte for each engine, of which one prompt needs little.
+    settings: dict[str, Any] = {"distributed_executor_backend": "uni", "num_gpu_blocks_override": 64}
     if name == "int8-text":
         settings["limit_mm_per_prompt"] = None
     return _to_json(Request(folder, [prompt], max_tokens=1, engine=settings), {})
