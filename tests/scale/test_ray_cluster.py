@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import scale_tasks
+from calibrate_runs import SMALL
 from gemma4q_kernels.ggml import GGMLQuantizationType as T
 from gemma4q_kernels.ggml.quantize import Quantizers, find_library
 from safetensors.torch import save_file
@@ -117,6 +119,24 @@ def test_a_target_that_a_node_does_not_see(folder, workers, tmp_path, monkeypatc
         run("quark-int8", folder, Path("/proc/self/cwd/target"), workers)
     assert len(str(raised.value).splitlines()) == 1
     assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.slow
+def test_calibrate(cluster, workers, tmp_path):
+    """The command, with paths of its own folder: the file that one process writes, and nothing else."""
+    (tmp_path / "text.txt").write_text(
+        "\n".join(f"The {number} sheep of the valley went home." for number in range(200))
+    )
+    shutil.copytree(SMALL / "moe", tmp_path / "model")
+    arguments = ["model", "--text", "text.txt", "--samples", "3", "--max-length", "40", "--hessians", "--json"]
+    for target, more in (("alone", []), ("by-ray", ["--ray", cluster.address])):
+        result = subprocess.run(
+            [GEMMA4Q, "calibrate", *arguments, target, *more], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        assert result.stderr == ""
+        assert json.loads(result.stdout)["written"]
+    assert (tmp_path / "by-ray").read_bytes() == (tmp_path / "alone").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "by-ray", "model", "text.txt"]
 
 
 @pytest.mark.slow

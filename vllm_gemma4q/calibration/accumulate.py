@@ -1,4 +1,4 @@
-"""Sums over all samples: of what enters a linear, and of what a router chooses.
+"""Sums over samples: of what enters a linear, and of what a router chooses.
 
 Sums of a few rows, as many as a processor's cache holds, are taken in float32 and added up in float64, on the device of
 the activations. A value's bin in the
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from vllm_gemma4q.calibration.experts import Routed
+from vllm_gemma4q.calibration.hessian import HalfHessian
 from vllm_gemma4q.calibration.statistics import (
     BINS_PER_OCTAVE,
     HIGHEST_OCTAVE,
@@ -19,6 +20,7 @@ from vllm_gemma4q.calibration.statistics import (
     Array,
     Inputs,
     Routing,
+    as_arrays,
 )
 from vllm_gemma4q.errors import InputError
 
@@ -39,10 +41,23 @@ class InputSums:
         self._squares = torch.zeros_like(self._sum)
         self._count = [0] * n
         self._raw = torch.zeros(n, _RAW_BINS, dtype=torch.int64, device=device)
-        self.hessian = torch.zeros(width, width, device=device) if hessian else None
+        self._hessian = HalfHessian(width, device) if hessian else None
 
-    def add(self, rows: torch.Tensor, matrix: int = 0) -> None:
-        """Add what entered one matrix, [rows, width], any float dtype."""
+    def add(self, rows: torch.Tensor) -> None:
+        """Add what entered the one matrix, [rows, width], any float dtype."""
+        self._add(rows, 0)
+        if self._hessian is not None:
+            self._hessian.add(rows)
+
+    def add_grouped(self, rows: torch.Tensor, counts: Sequence[int]) -> None:
+        """Add rows that are sorted by matrix, `counts` of each."""
+        for matrix, part in enumerate(torch.split(rows, list(counts))):
+            if len(part):
+                self._add(part, matrix)
+        if self._hessian is not None:
+            self._hessian.add(rows)
+
+    def _add(self, rows: torch.Tensor, matrix: int) -> None:
         self._count[matrix] += len(rows)
         for block in torch.split(rows.detach(), self._rows_at_once):
             values = block.float()
@@ -50,15 +65,12 @@ class InputSums:
             torch.maximum(self._absmax[matrix], most, out=self._absmax[matrix])
             self._sum[matrix] += values.sum(dim=0)
             self._raw[matrix] += torch.bincount(_raw_bins(block), minlength=_RAW_BINS)
-            if self.hessian is not None:
-                self.hessian.addmm_(values.T, values)
             self._squares[matrix] += values.square().sum(dim=0)
 
-    def add_grouped(self, rows: torch.Tensor, counts: Sequence[int]) -> None:
-        """Add rows that are sorted by matrix, `counts` of each."""
-        for matrix, part in enumerate(torch.split(rows, list(counts))):
-            if len(part):
-                self.add(part, matrix)
+    def arrays(self) -> dict[str, Array]:
+        """By their names in the file, the Hessian as its half. Raises InputError: see `result`."""
+        half = None if self._hessian is None else self._hessian.values.cpu().numpy()
+        return as_arrays(self._name, self.result(), half)
 
     def result(self) -> Inputs:
         """Raises InputError: something that is not finite entered."""

@@ -69,13 +69,19 @@ class Activations:
 
 
 class StoredActivations:
-    """The same in a file: one that is there, or a new one that has its name only after `complete`."""
+    """The same in a file: one that is there, or a new one that has its name only after `complete`.
 
-    def __init__(self, path: Path, layout: Layout, new: bool = False):
+    A new one of an `attempt` of a worker lies at `partial_path`, until the caller takes it: see `Work.take_part`.
+    """
+
+    def __init__(self, path: Path, layout: Layout, new: bool = False, attempt: str = ""):
         self.path, self.layout = path, layout
-        self._partial = path.with_name(path.name + _PARTIAL)
+        self._partial = partial_path(path, attempt)
         try:
-            if new:
+            if attempt:  # what is left of those that were killed
+                for left in path.parent.glob(f"{path.name}.*{_PARTIAL}"):
+                    left.unlink(missing_ok=True)
+            elif new:
                 path.unlink(missing_ok=True)
             self._file = (self._partial if new else path).open("w+b" if new else "rb", buffering=0)
         except OSError as error:
@@ -106,10 +112,22 @@ class StoredActivations:
         except OSError as error:
             raise WriteError(f"{self.path}: cannot be written: {error.strerror}") from error
 
+    def sync(self) -> None:
+        """Returns when all that was written is on the disk."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise WriteError(f"{self.path}: cannot be written: {error.strerror}") from error
+
     def complete(self) -> None:
         """Every sample is in: give the file its name."""
-        os.fsync(self._file.fileno())
+        self.sync()
         self._partial.replace(self.path)
+
+
+def partial_path(path: Path, attempt: str = "") -> Path:
+    """Where a file lies until it has its name."""
+    return path.with_name(f"{path.name}{'.' if attempt else ''}{attempt}{_PARTIAL}")
 
 
 def _bytes(values: torch.Tensor) -> memoryview:

@@ -10,8 +10,10 @@ import numpy as np
 
 from gguf_mixed.fisher import Fisher, read_fisher
 from gguf_mixed.fisher import metadata as fisher_metadata
+from gguf_mixed.tasks import Executor
 from vllm_gemma4q.calibration.decoder import Decoder
 from vllm_gemma4q.calibration.fisher import FORWARDS_WORTH, Backward, chosen
+from vllm_gemma4q.calibration.fold import divided
 from vllm_gemma4q.calibration.forward import HEAD, Forward, Progress, layer_part
 from vllm_gemma4q.calibration.identity import DEPENDENCIES, decoder_identity, model_identity
 from vllm_gemma4q.calibration.recorder import linears
@@ -19,6 +21,8 @@ from vllm_gemma4q.calibration.statistics import LM_HEAD, Statistics, metadata, r
 from vllm_gemma4q.calibration.texts import Samples
 from vllm_gemma4q.calibration.work import Work, join_parts
 from vllm_gemma4q.checkpoint.convert import VERSION
+from vllm_gemma4q.checkpoint.reader import CONFIG
+from vllm_gemma4q.checkpoint.scale import require_same_files
 from vllm_gemma4q.errors import InputError
 
 _SAMPLES = "samples"
@@ -85,12 +89,16 @@ class Calibration:
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one it resumes."""
-        return {
+        identity = {
             **self.details(),
+            "parts": len(divided(len(self.samples.ids))),
             "differentiated": self.differentiated,
             "seed": self.seed,
             **decoder_identity(self.decoder),
         }
+        if not self.passes:  # the forward pass is the same with any number of threads
+            del identity["threads"]
+        return identity
 
 
 def calibrate(
@@ -99,6 +107,7 @@ def calibrate(
     work: Path,
     fisher: Path | None = None,
     progress: Progress = lambda tokens: None,
+    workers: Executor | None = None,
 ) -> bool:
     """Write a statistics file, and a Fisher file where asked, resuming an unfinished run of the same calibration.
 
@@ -107,12 +116,14 @@ def calibrate(
         work: folder for what is kept between layers; removed at the end.
         fisher: the Fisher file; `calibration.passes` must not be 0.
         progress: called with tokens that have passed a layer.
+        workers: who runs the forward pass; None: this process, which always does the backward pass.
 
     Returns:
         False when the files were there already, from the same calibration.
 
     Raises:
-        InputError: a file holds something else, the work folder is another run's, or the source is bad.
+        InputError: a file holds something else, the work folder is another run's, or the source is bad; workers that
+            do not see the same files or are of another version; TaskLost.
     """
     assert (fisher is not None) == bool(calibration.passes)
     decoder, samples, identity = calibration.decoder, calibration.samples.ids, calibration.identity()
@@ -122,8 +133,11 @@ def calibrate(
                 parts.complete()
         return False
     with Work(work, identity) as parts:
+        if workers is not None:
+            files = [*decoder.checkpoint.shards, decoder.checkpoint.folder / CONFIG]
+            require_same_files(workers, work, files, also=DEPENDENCIES)
         kept = calibration.differentiated
-        Forward(decoder, samples, parts, calibration.limit, calibration.hessians, kept, progress).run()
+        Forward(decoder, samples, parts, calibration.limit, calibration.hessians, kept, progress, workers).run()
         if fisher is not None:
             backward = Backward(decoder, [samples[number] for number in kept], parts, calibration.seed, progress)
             _write_fisher(calibration, parts, fisher, backward.run())

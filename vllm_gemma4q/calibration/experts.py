@@ -12,6 +12,9 @@ import torch
 from torch.nn import functional
 from transformers.activations import ACT2FN
 
+# MKL's float32 products of fewer rows depend, in the last bit, on the number of threads.
+_FEWEST_ROWS = 16
+
 Watch = Callable[["Routed"], None]
 
 
@@ -83,4 +86,10 @@ class Experts(torch.nn.Module):
 
 def _grouped(rows: torch.Tensor, matrices: Sequence[torch.Tensor], counts: Sequence[int]) -> torch.Tensor:
     parts = zip(torch.split(rows, list(counts)), matrices, strict=True)
-    return torch.cat([functional.linear(part, matrix) for part, matrix in parts if len(part)])
+    return torch.cat([_linear(part, matrix) for part, matrix in parts if len(part)])
+
+
+def _linear(rows: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    missing = max(0, _FEWEST_ROWS - len(rows))
+    padded = functional.pad(rows, (0, 0, 0, missing)) if missing else rows
+    return functional.linear(padded, matrix)[: len(rows)]

@@ -1,23 +1,29 @@
 """The streamed forward pass: each layer is loaded once, runs all samples, and is dropped before the next.
 
-Between layers all samples' activations are kept, in memory up to a limit, else in the work folder. What lies in the
-folder is where a killed run goes on: files always; memory is saved when the work since the last time is worth ten
-times what saving takes. Layers done again give the same bytes.
+Samples are divided into parts, the same whoever runs them (see `fold`). One process runs them one after the other;
+workers run each as a task (see `part`), with the layer in the memory of each of them.
+
+Between layers all samples' activations are kept, in memory up to a limit, else in the work folder, a file a part; with
+workers always there. What lies in the folder is where a killed run goes on, in either way: files always, and of a layer
+the parts that workers have finished; memory is saved when the work since the last time is worth ten times what saving
+takes. Layers done again give the same bytes.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-import torch
-
-from vllm_gemma4q.calibration.accumulate import InputSums
+from gguf_mixed.tasks import Executor
 from vllm_gemma4q.calibration.activations import Activations, Layout, StoredActivations
 from vllm_gemma4q.calibration.decoder import Decoder
-from vllm_gemma4q.calibration.recorder import Recorder, linears
-from vllm_gemma4q.calibration.statistics import LM_HEAD, as_arrays
+from vllm_gemma4q.calibration.fold import divided, fold, whole
+from vllm_gemma4q.calibration.part import Embedded, Task, carry_out, load, run_layer, run_norm
+from vllm_gemma4q.calibration.statistics import Array
 from vllm_gemma4q.calibration.work import Work
 
 Progress = Callable[[int], object]
+Hidden = Embedded | Activations | StoredActivations
 HEAD = "head"
 _WORTH = 10
 
@@ -29,10 +35,11 @@ class Forward:
         decoder: the model.
         samples: token ids.
         work: where parts and activations go.
-        limit: bytes of activations to keep in memory.
+        limit: bytes of activations to keep in memory, without workers.
         hessians: also sum x x^T.
         kept: samples whose input to every layer stays in the work folder, for a backward pass.
         progress: called with tokens that have passed a layer.
+        workers: who runs the parts; None: this process.
     """
 
     def __init__(
@@ -44,103 +51,160 @@ class Forward:
         hessians: bool = False,
         kept: Sequence[int] = (),
         progress: Progress = lambda tokens: None,
+        workers: Executor | None = None,
     ):
         self._decoder, self._samples, self._work = decoder, samples, work
-        self._hessians, self._kept, self._progress = hessians, kept, progress
-        self._layout = layout_of(decoder, samples)
-        self._in_memory = self._layout.n_bytes <= limit
+        self._hessians, self._kept, self._progress, self._workers = hessians, kept, progress, workers
+        self._parts = divided(len(samples))
+        self._layouts = [layout_of(decoder, self._ids(part)) for part in range(len(self._parts))]
+        self._in_memory = workers is None and layout_of(decoder, samples).n_bytes <= limit
         self._save_seconds = 0.0
         self._saved_at = time.monotonic()
 
-    @torch.no_grad()
     def run(self) -> None:
         """Write a part for each layer and one for the output layer, unless an earlier run has."""
-        n_layers, n_tokens = self._decoder.n_layers, self._layout.ends[-1]
+        n_layers = self._decoder.n_layers
         start = n_layers if self._work.has(HEAD) else self._resumable()
-        self._progress(start * n_tokens)
+        self._progress(start * sum(map(len, self._samples)))
         if self._work.has(HEAD):
             return
-        current = self._start_at(start)
-        for index in range(start, n_layers):
-            current = self._layer(index, current)
-        self._output(current)
+        entering = self._start_at(start)
+        for index in range(start, n_layers + 1):
+            self._keep(index, entering)
+            entering = self._run_parts(index, entering)
+        self._work.drop_activations("hidden-*")
 
-    def _start_at(self, boundary: int) -> Activations | StoredActivations:
-        path = self._work.activations(_hidden(boundary))
-        if boundary and not self._in_memory:
-            return StoredActivations(path, self._layout)
-        current = self._new(boundary)
-        if boundary:
-            assert isinstance(current, Activations)
-            current.load(path)
-            return current
-        for number, ids in enumerate(self._samples):
-            current.put(number, self._decoder.embed(ids))
-        if isinstance(current, StoredActivations):
-            current.complete()
-        return current
+    def _start_at(self, boundary: int) -> list[Hidden]:
+        if boundary == 0:
+            return [Embedded(self._decoder, self._ids(part)) for part in range(len(self._parts))]
+        return [self._there(boundary, part) for part in range(len(self._parts))]
 
-    def _layer(self, index: int, source: Activations | StoredActivations) -> Activations | StoredActivations:
-        """All samples through one layer; in memory the result takes the place of what entered."""
-        decoder, target = self._decoder, source if self._in_memory else self._new(index + 1)
-        layer = decoder.layer(index)
-        paths = linears(decoder.architecture, index).values()
-        recorder = Recorder(layer, decoder.layer_name(index), paths, len(self._samples), self._hessians)
-        self._keep(index, source)
-        with recorder.watching():
-            for number in range(len(self._samples)):
-                recorder.start(number)
-                hidden = source.get(number)
-                target.put(number, decoder.run(layer, hidden.to(decoder.device)))
-                self._progress(len(hidden))
-        if isinstance(target, StoredActivations):
-            target.complete()
-        self._work.write_part(layer_part(index), recorder.arrays())
-        self._make_resumable(index + 1, target)
-        return target
+    def _there(self, boundary: int, part: int) -> Activations | StoredActivations:
+        """A part's activations from the work folder."""
+        path, layout = self._path(boundary, part), self._layouts[part]
+        if not self._in_memory:
+            return StoredActivations(path, layout)
+        loaded = Activations(layout)
+        loaded.load(path)
+        return loaded
 
-    def _make_resumable(self, boundary: int, current: Activations | StoredActivations) -> None:
-        if isinstance(current, Activations):
+    def _run_parts(self, index: int, entering: list[Hidden]) -> list[Hidden]:
+        """All samples through one layer, or through the final norm, which nothing leaves; its part written."""
+        total: dict[str, Array] = {}
+        leaving = self._by_workers(index, total) if self._workers else self._here(index, entering, total)
+        self._work.write_part(self._part(index), whole(total))
+        for part in range(len(self._parts)):
+            self._work.drop_part(self._sums(index, part))
+        if leaving:
+            self._make_resumable(index + 1, leaving)
+        return leaving
+
+    def _here(self, index: int, entering: list[Hidden], total: dict[str, Array]) -> list[Hidden]:
+        """In this process, but for what workers have left."""
+        decoder, leaving = self._decoder, list[Hidden]()
+        module = load(decoder, index)
+        for part, (samples, source) in enumerate(zip(self._parts, entering, strict=True)):
+            if self._is_finished(index, part):
+                self._progress(self._layouts[part].ends[-1] if index < decoder.n_layers else 0)
+                fold(total, self._work.read_part(self._sums(index, part)))
+                if index < decoder.n_layers:
+                    leaving.append(self._there(index + 1, part))
+                continue
+            # No name for a part's sums here: they would be in memory beside the next.
+            if index == decoder.n_layers:
+                fold(total, run_norm(decoder, module, len(samples), self._hessians, source))
+                continue
+            target = self._new(index + 1, part, source)
+            fold(total, run_layer(decoder, module, len(samples), self._hessians, source, target, self._progress))
+            if isinstance(target, StoredActivations):
+                target.complete()
+            leaving.append(target)
+        return leaving
+
+    def _by_workers(self, index: int, total: dict[str, Array]) -> list[Hidden]:
+        n_layers, n_parts, folded = self._decoder.n_layers, len(self._parts), 0
+        left = [part for part in range(n_parts) if not self._is_finished(index, part)]
+        if index < n_layers:
+            self._progress(sum(self._layouts[part].ends[-1] for part in range(n_parts) if part not in left))
+        tasks = [self._task(index, part) for part in left]
+        assert self._workers is not None
+        with contextlib.closing(self._workers.run(carry_out, tasks, self._progress)) as results:
+            for place, made in results:
+                leaving = tasks[place].leaving if index < n_layers else None
+                self._work.take_part(made.file, made.attempt, leaving)
+                while folded < n_parts and self._is_finished(index, folded):
+                    fold(total, self._work.read_part(self._sums(index, folded)))
+                    folded += 1
+        for part in range(folded, n_parts):  # there were no tasks: an earlier run had finished them
+            fold(total, self._work.read_part(self._sums(index, part)))
+        return [self._there(index + 1, part) for part in range(n_parts)] if index < n_layers else []
+
+    def _task(self, index: int, part: int) -> Task:
+        return Task(
+            self._decoder,
+            index,
+            self._ids(part),
+            self._layouts[part],
+            self._hessians,
+            self._sums(index, part),
+            entering=self._path(index, part),
+            leaving=self._path(index + 1, part),
+        )
+
+    def _is_finished(self, index: int, part: int) -> bool:
+        """Whether a worker has, in this run or one that it resumes."""
+        is_there = StoredActivations.is_whole(self._path(index + 1, part), self._layouts[part])
+        return self._work.has(self._sums(index, part)) and (is_there or index == self._decoder.n_layers)
+
+    def _make_resumable(self, boundary: int, current: list[Hidden]) -> None:
+        if self._in_memory:
             started = time.monotonic()
             if started - self._saved_at < _WORTH * self._save_seconds:
                 return
-            current.save(self._work.activations(_hidden(boundary)))
+            for part, activations in enumerate(current):
+                assert isinstance(activations, Activations)
+                activations.save(self._path(boundary, part))
             self._saved_at = time.monotonic()
             self._save_seconds = self._saved_at - started
         for earlier in range(boundary):
-            self._work.drop_activations(_hidden(earlier))
+            self._work.drop_activations(f"{_hidden(earlier)}-*")
 
-    def _output(self, current: Activations | StoredActivations) -> None:
-        """What enters the output layer: the final norm's output."""
-        width, device = self._decoder.architecture.hidden_size, self._decoder.device
-        norm, sums = self._decoder.norm(), InputSums(LM_HEAD, 1, width, device, self._hessians)
-        for number in range(len(self._samples)):
-            sums.add(norm(current.get(number).to(device)))
-        self._keep(self._decoder.n_layers, current)
-        hessian = None if sums.hessian is None else sums.hessian.cpu().numpy()
-        self._work.write_part(HEAD, as_arrays(LM_HEAD, sums.result(), hessian))
-        self._work.drop_activations(_hidden("*"))
-
-    def _keep(self, index: int, source: Activations | StoredActivations) -> None:
+    def _keep(self, index: int, entering: list[Hidden]) -> None:
         if self._kept:
             layout = layout_of(self._decoder, [self._samples[number] for number in self._kept])
             file = StoredActivations(self._work.activations(layer_input(index)), layout, new=True)
             for place, number in enumerate(self._kept):
-                file.put(place, source.get(number))
+                part = next(part for part, samples in enumerate(self._parts) if number in samples)
+                file.put(place, entering[part].get(number - self._parts[part].start))
             file.complete()
 
-    def _new(self, boundary: int) -> Activations | StoredActivations:
-        if self._in_memory:
-            return Activations(self._layout)
-        return StoredActivations(self._work.activations(_hidden(boundary)), self._layout, new=True)
+    def _new(self, boundary: int, part: int, source: Hidden) -> Activations | StoredActivations:
+        """For what leaves a layer; in memory it takes the place of what entered."""
+        if not self._in_memory:
+            return StoredActivations(self._path(boundary, part), self._layouts[part], new=True)
+        return source if isinstance(source, Activations) else Activations(self._layouts[part])
 
     def _resumable(self) -> int:
         """The last layer boundary whose activations are on disk, with all parts before it; 0 to start anew."""
         for boundary in range(self._decoder.n_layers, 0, -1):
-            before = all(self._work.has(layer_part(index)) for index in range(boundary))
-            if before and StoredActivations.is_whole(self._work.activations(_hidden(boundary)), self._layout):
+            paths = [self._path(boundary, part) for part in range(len(self._parts))]
+            if all(self._work.has(layer_part(index)) for index in range(boundary)) and all(
+                StoredActivations.is_whole(path, layout) for path, layout in zip(paths, self._layouts, strict=True)
+            ):
                 return boundary
         return 0
+
+    def _ids(self, part: int) -> Sequence[Sequence[int]]:
+        return [self._samples[number] for number in self._parts[part]]
+
+    def _part(self, index: int) -> str:
+        return layer_part(index) if index < self._decoder.n_layers else HEAD
+
+    def _sums(self, index: int, part: int) -> str:
+        return f"{self._part(index)}-samples-{part:05d}"
+
+    def _path(self, boundary: int, part: int) -> Path:
+        return self._work.activations(f"{_hidden(boundary)}-{part:05d}")
 
 
 def layout_of(decoder: Decoder, samples: Sequence[Sequence[int]]) -> Layout:
@@ -158,5 +222,5 @@ def layer_input(index: int) -> str:
     return f"input-{index:05d}"
 
 
-def _hidden(boundary: int | str) -> str:
-    return f"hidden-{boundary:05d}" if isinstance(boundary, int) else f"hidden-{boundary}"
+def _hidden(boundary: int) -> str:
+    return f"hidden-{boundary:05d}"

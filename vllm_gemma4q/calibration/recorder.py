@@ -32,7 +32,7 @@ def linears(architecture: TextArchitecture, index: int) -> dict[str, str]:
 
 
 class Recorder:
-    """Sums of one layer over all samples.
+    """Sums of one layer over some samples.
 
     Args:
         layer: a decoder layer of `Decoder.layer`.
@@ -79,11 +79,10 @@ class Recorder:
             self._routing.sample = sample
 
     def arrays(self) -> dict[str, Array]:
-        """All sums by their names in the file. Raises InputError: an input was not finite."""
+        """All sums by their names in the file, Hessians as their halves. Raises InputError: an input was not finite."""
         arrays: dict[str, Array] = {}
-        for path, sums in self._inputs.items():
-            hessian = None if sums.hessian is None else sums.hessian.cpu().numpy()
-            arrays |= as_arrays(f"{self._name}.{path}", sums.result(), hessian)
+        for sums in self._inputs.values():
+            arrays |= sums.arrays()
         if self._routing is not None:
             arrays |= as_arrays(f"{self._name}.experts", self._routing.sums.result())
         return arrays

@@ -46,7 +46,7 @@ BINS_PER_OCTAVE = 8
 LOWEST_OCTAVE, HIGHEST_OCTAVE = -24, 16
 N_BINS = (HIGHEST_OCTAVE - LOWEST_OCTAVE) * BINS_PER_OCTAVE + 2
 
-_HESSIAN = "input_hessian"
+HESSIAN = "input_hessian"
 _SAMPLES = ("samples.text", "samples.tokens")
 
 
@@ -157,12 +157,12 @@ class Statistics:
 
     def hessian(self, module: str) -> Array | None:
         """float32 [in, in], None where the file was made without."""
-        name = f"{self._stored(module)}.{_HESSIAN}"
+        name = f"{self._stored(module)}.{HESSIAN}"
         return self._tensor(name) if name in self._names else None
 
     def hessian_shape(self, module: str) -> tuple[int, ...] | None:
         """From the header alone; None where the file was made without."""
-        name = f"{self._stored(module)}.{_HESSIAN}"
+        name = f"{self._stored(module)}.{HESSIAN}"
         if name not in self._names:
             return None
         with safe_open(self.path, "numpy") as file:
@@ -249,7 +249,7 @@ def as_arrays(name: str, found: Inputs | Routing, hessian: Array | None = None) 
         tensor: np.ascontiguousarray(getattr(found, field), dtype)
         for tensor, (field, dtype) in zip(names, dtypes, strict=True)
     }
-    return arrays if hessian is None else {**arrays, f"{name}.{_HESSIAN}": np.ascontiguousarray(hessian, "float32")}
+    return arrays if hessian is None else {**arrays, f"{name}.{HESSIAN}": np.ascontiguousarray(hessian, "float32")}
 
 
 def tensor_names(name: str, kind: type) -> list[str]:

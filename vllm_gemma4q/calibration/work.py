@@ -14,11 +14,14 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 
-from gguf_mixed.atomic_file import WriteError, replacing
+from gguf_mixed.atomic_file import refusals, replacing
+from vllm_gemma4q.calibration.activations import partial_path
+from vllm_gemma4q.calibration.hessian import Mirrored
 from vllm_gemma4q.calibration.statistics import Array
 from vllm_gemma4q.calibration.weights import TORCH_DTYPES
+from vllm_gemma4q.checkpoint.hashing import HashingWriter
 from vllm_gemma4q.checkpoint.header import DTYPE_BYTES, TensorInfo, read_header, write_header
-from vllm_gemma4q.checkpoint.run import Run
+from vllm_gemma4q.checkpoint.run import RESUMABLE, FinishedFile, Run, writing_partial
 from vllm_gemma4q.errors import InputError
 
 _BLOCK_BYTES = 1 << 24
@@ -48,7 +51,7 @@ class Work:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if kind is not None:
             self._drop_partial()
-            is_bad_input = issubclass(kind, InputError) and not issubclass(kind, WriteError)
+            is_bad_input = issubclass(kind, InputError) and not issubclass(kind, RESUMABLE)
             if is_bad_input or not self._run.finished:
                 self.drop_activations()
         self._run.__exit__(kind, error, tb)
@@ -75,15 +78,25 @@ class Work:
         for path in self.folder.glob(f"{name}.bin"):
             path.unlink()
 
-    def write_part(self, name: str, arrays: Mapping[str, Array]) -> None:
+    def write_part(self, name: str, arrays: Mapping[str, Array | Mirrored]) -> None:
         """Write a part and note it in the journal."""
         file_name = self.part(name).name
-        ordered = sorted(arrays.items(), key=lambda item: (-item[1].itemsize, item[0]))
         with self._run.writing(file_name) as file:
-            file.write(write_header((key, _DTYPES[array.dtype.name], array.shape) for key, array in ordered))
-            for _, array in ordered:
-                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+            _write_arrays(file, arrays)
         self._run.record(file_name)
+
+    def take_part(self, file: FinishedFile, attempt: str, activations: Path | None = None) -> None:
+        """Give a worker's part its name and note it, after the activations that it has written, where it has."""
+        if activations is not None:
+            with refusals(activations):
+                partial_path(activations, attempt).replace(activations)
+        self._run.publish(file, attempt)
+        self._run.record(file.name)
+
+    def drop_part(self, name: str) -> None:
+        """Remove a part that is no longer needed; a killed run may have named it and not noted it."""
+        self._run.finished.pop(self.part(name).name, None)
+        self.part(name).unlink(missing_ok=True)
 
     def write_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
         """The same for tensors that stay in their dtype, which numpy may not have."""
@@ -109,6 +122,21 @@ class Work:
             (self.folder / name).unlink(missing_ok=True)
         self._run.complete()
         self.folder.rmdir()
+
+
+def write_unnamed_part(folder: Path, name: str, arrays: Mapping[str, Array], attempt: str) -> FinishedFile:
+    """Write a part of a work folder that another process holds; it has no name before `Work.take_part`."""
+    with writing_partial(folder, f"{name}.safetensors", attempt) as file:
+        _write_arrays(file, arrays)
+    return FinishedFile(f"{name}.safetensors", file.n_bytes, file.sha256.hexdigest())
+
+
+def _write_arrays(file: HashingWriter, arrays: Mapping[str, Array | Mirrored]) -> None:
+    ordered = sorted(arrays.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    file.write(write_header((key, _DTYPES[array.dtype.name], array.shape) for key, array in ordered))
+    for _, array in ordered:
+        for block in array.blocks() if isinstance(array, Mirrored) else [array]:
+            file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
 
 
 def join_parts(path: Path, parts: Sequence[Path], metadata: Mapping[str, str]) -> None:

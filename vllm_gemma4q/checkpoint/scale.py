@@ -43,7 +43,7 @@ def rewrite_by_tasks(
     Raises:
         InputError: as `rewrite`; workers that do not see the same files or are of another version; TaskLost.
     """
-    _require_same_files(workers, run.target, {step.source.path for shard in shards for step in shard.steps} | {*reads})
+    require_same_files(workers, run.target, {step.source.path for shard in shards for step in shard.steps} | {*reads})
     left = [shard for shard in shards if shard.name not in run.finished]
     progress(sum(shard.source_bytes for shard in shards if shard.name in run.finished))
     tasks: list[_Write | _Hash] = [_Write(run.target, shard) for shard in left]
@@ -107,14 +107,18 @@ class _Look:
     versions: Mapping[str, str]
 
 
-def _require_same_files(workers: Executor, target: Path, reads: Iterable[Path]) -> None:
-    """Raises WriteError: a machine does not see the target or a source under the same path, or has other versions."""
+def require_same_files(workers: Executor, target: Path, reads: Iterable[Path], also: Sequence[str] = ()) -> None:
+    """Raises WriteError: a machine does not see the target or a source under the same path, or has other versions.
+
+    Args:
+        also: distributions whose versions matter, too.
+    """
     secret = uuid4().hex
     token = target / f".gemma4q-{secret}.partial"
     sizes = {path: path.stat().st_size for path in sorted(reads)}
     token.write_text(secret)
     try:
-        answers = workers.on_each_machine(_look, _Look(token, secret, sizes, _versions()))
+        answers = workers.on_each_machine(_look, _Look(token, secret, sizes, _versions(also)))
     finally:
         token.unlink(missing_ok=True)
     for machine, complaint in answers.items():
@@ -124,9 +128,10 @@ def _require_same_files(workers: Executor, target: Path, reads: Iterable[Path]) 
 
 def _look(wanted: _Look) -> str:
     """What is wrong here; nothing where all is well."""
+    versions = _versions(wanted.versions)
     for name, version in wanted.versions.items():
-        if _versions().get(name) != version:
-            return f"{name}: got {_versions().get(name, 'none')}, expected {version} as on the machine that asks"
+        if versions.get(name) != version:
+            return f"{name}: got {versions.get(name, 'none')}, expected {version} as on the machine that asks"
     try:
         found = wanted.token.read_text()
     except OSError as error:
@@ -139,9 +144,9 @@ def _look(wanted: _Look) -> str:
     return ""
 
 
-def _versions() -> dict[str, str]:
+def _versions(also: Iterable[str]) -> dict[str, str]:
     found = {"Python": platform.python_version()}
-    for name in _DISTRIBUTIONS:
+    for name in dict.fromkeys([*_DISTRIBUTIONS, *also]):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found

@@ -8,8 +8,11 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
+from gguf_mixed.tasks import Where, executor
+from gguf_mixed.tasks import options as scale
 from vllm_gemma4q.checkpoint import open_checkpoint
 from vllm_gemma4q.commands.model import Device, Dtype, load_decoder
+from vllm_gemma4q.commands.quantize import visible_devices
 from vllm_gemma4q.sizes import parse_size
 
 
@@ -30,16 +33,23 @@ def command(
     fisher_samples: Annotated[int, typer.Option(min=1, help="Samples to differentiate, spread over all.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the labels that --fisher draws.")] = 0,
     activations_limit: Annotated[
-        str, typer.Option(metavar="SIZE", help="Activations kept in memory; more go to the work folder.")
+        str,
+        typer.Option(
+            metavar="SIZE", help="Activations kept in memory; more go to the work folder, and all with workers."
+        ),
     ] = "4GiB",
     device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.CPU,
     dtype: Annotated[
         Dtype, typer.Option(help="What to compute in; auto: what the weights are stored in.")
     ] = Dtype.AUTO,
     work: Annotated[Path | None, typer.Option(metavar="DIR", help="Work folder; STATS.work where not given.")] = None,
+    workers: scale.Workers = None,
+    ray: scale.Ray = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
 ) -> None:
     """Run a model over text, one layer in memory at a time, and keep statistics. Run it again to resume."""
+    if ray is not None:  # other machines have another working directory
+        source, target, work = source.absolute(), target.absolute(), None if work is None else work.absolute()
     limit = parse_size(activations_limit)
     decoder = load_decoder(open_checkpoint(source), device, dtype)
     from vllm_gemma4q.calibration.calibrate import Calibration, calibrate
@@ -49,8 +59,12 @@ def command(
     passes = fisher_samples if fisher is not None else 0
     calibration = Calibration(decoder, cut, max_length, limit, hessians, passes, seed)
     folder = work or target.with_name(target.name + ".work")
-    with tqdm(total=calibration.n_steps, unit="token layer", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
-        written = calibrate(calibration, target, folder, fisher, bar.update)
+    where = Where(workers, ray, visible_devices() if device is Device.CUDA else ())
+    with (
+        executor(where) as at_work,
+        tqdm(total=calibration.n_steps, unit="token layer", unit_scale=True, disable=not sys.stderr.isatty()) as bar,
+    ):
+        written = calibrate(calibration, target, folder, fisher, bar.update, at_work)
     report: dict[str, Any] = {"target": str(target), "written": written, **calibration.details()}
     if as_json:
         print(json.dumps(report))
