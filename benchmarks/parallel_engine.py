@@ -1,36 +1,76 @@
-"""Run by `parallel.py` in a process of its own: greedy answers of one engine, and what each of its ranks holds.
+"""Run by `parallel.py`, one process a rank: greedy answers of one engine after the other, and what this rank holds.
 
-python benchmarks/parallel_engine.py REQUEST        JSON: engine (arguments of vllm.LLM), chats
+python benchmarks/parallel_engine.py REQUEST RESULTS
+
+REQUEST is a JSON file: chats, and a list of engines (arguments of vllm.LLM). RANK, WORLD_SIZE and MASTER_ADDR are as
+torch wants them, MASTER_PORTS has a port an engine. After each engine RESULTS, a JSON file, has one result more: tokens
+by chat and bytes, or what vLLM died of. Importing vLLM costs ten times what starting a small engine does, so processes
+stay.
 """
 
+import gc
 import json
+import os
 import sys
+import traceback
+from pathlib import Path
 from typing import Any
 
 
 def held(model: Any) -> int:
-    """Bytes of parameters and buffers, each once. Called in every worker."""
+    """Bytes of parameters and buffers, each once."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
-def main(request: dict[str, Any]) -> None:
-    """Print `FOUND` and a JSON document: tokens by chat, bytes by rank."""
-    import parallel_engine  # workers find the function by the name of a module, which __main__ is not for them
+def ask(engine: dict[str, Any], chats: list[Any]) -> dict[str, Any]:
+    """What the ranks answer together, and what this one holds."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(
-        **request["engine"],
-        max_model_len=512,
+        **engine,
+        distributed_executor_backend="external_launcher",
+        max_model_len=256,
+        max_num_seqs=8,
+        num_gpu_blocks_override=64,  # else a gigabyte of zeros a rank
         enforce_eager=True,
         enable_prefix_caching=False,
         limit_mm_per_prompt={"image": 0, "video": 0, "audio": 0},
     )
-    greedy = SamplingParams(temperature=0, max_tokens=16)
-    found = llm.chat(request["chats"], greedy, use_tqdm=False)
-    tokens = [list(one.outputs[0].token_ids) for one in found]
-    print("FOUND " + json.dumps({"tokens": tokens, "bytes": llm.apply_model(parallel_engine.held)}))
+    found = llm.chat(chats, SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)
+    return {"tokens": [list(one.outputs[0].token_ids) for one in found], "bytes": llm.apply_model(held)[0]}
+
+
+def main(request: dict[str, Any], target: Path) -> None:
+    """Ask every engine; one that fails leaves its reason, and the next one is asked."""
+    # vLLM collects garbage eight times an engine, all modules' objects too: half of the time of small ones.
+    collect, gc.collect = gc.collect, lambda generation=2: 0
+    results: list[dict[str, Any]] = []
+    for engine, port in zip(request["engines"], os.environ["MASTER_PORTS"].split(), strict=True):
+        os.environ["MASTER_PORT"] = port
+        try:
+            results.append(ask(engine, request["chats"]))
+        except Exception as error:
+            traceback.print_exc()
+            results.append({"refused": f"{type(error).__name__}: {error}"})
+        _clean_up()
+        collect()
+        _write(target, results)
+    sys.stdout.flush()
+    os._exit(0)  # what engines that failed left behind is no matter
+
+
+def _clean_up() -> None:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
+
+
+def _write(target: Path, results: list[dict[str, Any]]) -> None:
+    partial = target.with_suffix(".partial")
+    partial.write_text(json.dumps(results))
+    partial.replace(target)  # `parallel.py` reads while we write
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]))

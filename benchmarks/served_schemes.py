@@ -2,6 +2,7 @@
 
 import gzip
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -57,6 +58,13 @@ def _pruned(work: Path) -> Path:
     return _written(work / "pruned", "prune", SMALL / "moe", *statistics)
 
 
+def _pruned_by_layer(work: Path) -> Path:
+    """Layers of 12, 14 and 13 experts."""
+    drop_map = work / "drop-map.json"
+    drop_map.write_text(json.dumps({"0": [0, 3, 5, 9], "1": [2, 7], "2": [1, 4, 15]}))
+    return _written(work / "pruned-by-layer", "prune", SMALL / "moe", "--drop-map", str(drop_map))
+
+
 def _pruned_int8(work: Path) -> Path:
     return _written(work / "pruned-int8", "quantize", _pruned(work), "--scheme", "quark-int8")
 
@@ -71,6 +79,7 @@ _MAKERS: Mapping[str, Callable[[Path], Path]] = {
     "exl3-dense": _quantized("dense", "exl3", "--bits", "4", "--no-hessian"),
     "exl3-moe": _quantized("moe", "exl3", "--bits", "4", "--no-hessian"),
     "pruned-moe": _pruned,
+    "pruned-by-layer-moe": _pruned_by_layer,
     "pruned-int8-moe": _pruned_int8,
 }
 
