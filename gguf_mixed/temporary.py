@@ -17,6 +17,7 @@ from uuid import uuid4
 
 from gguf_mixed.atomic_file import refusals
 
+_NAME = 12  # random letters; paths of sockets in the folder must be short
 _SHELL = "/bin/sh"
 _WATCH = 'read -r ended || for second in 1 2 3 4 5 6 7 8 9; do rm -rf -- "$1" && break; sleep 1; done'
 
@@ -52,7 +53,7 @@ def temporary_folder(prefix: str = "gemma4q-", place: Path | None = None) -> Ite
     Raises:
         WriteError: it cannot be made.
     """
-    folder = (place or Path(tempfile.gettempdir())) / f"{prefix}{uuid4().hex}"
+    folder = (place or Path(tempfile.gettempdir())) / f"{prefix}{uuid4().hex[:_NAME]}"
     with removed_if_killed(folder):  # before it is there, so that it is never without
         with refusals(folder):
             folder.mkdir(mode=0o700)

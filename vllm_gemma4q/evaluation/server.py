@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gguf_mixed.temporary import temporary_folder
 from gguf_mixed.tether import spawn
 from vllm_gemma4q.errors import InputError
 
@@ -25,6 +27,7 @@ _GRACE_SECONDS = 30
 _STARTUP = "Engine core initialization failed"  # names no reason
 # On a CPU, vLLM would reserve most of the machine's memory for the KV cache. A user's own setting wins.
 CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+_LONGEST_FOLDER = 70  # characters: Unix allows 107 for a socket, whose own name has 37
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,8 @@ def serve(checkpoint: Path, flags: Sequence[str], log: Path) -> Iterator[Server]
     """
     port = _free_port()
     command = ("vllm", "serve", str(checkpoint), "--port", str(port), "--served-model-name", MODEL_NAME, *flags)
-    environment = {**CPU_ENVIRONMENT, **os.environ}
     with (
+        temporary_folder() as folder,
         log.open("wb") as output,
         spawn(
             [_vllm(), *command[1:]],
@@ -58,11 +61,22 @@ def serve(checkpoint: Path, flags: Sequence[str], log: Path) -> Iterator[Server]
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=environment,
+            env=engine_environment(folder),
         ) as process,
     ):
         _wait_until_ready(process, port, log)
         yield Server(f"http://127.0.0.1:{port}/v1", command, log)
+
+
+def engine_environment(folder: Path) -> dict[str, str]:
+    """Of vLLM's processes. A killed vLLM leaves sockets and more: in `folder`, unless their names get too long there.
+
+    What torch compiles lies in the system's folder for temporary files, to be used again.
+    """
+    if len(str(folder)) > _LONGEST_FOLDER:
+        return {**CPU_ENVIRONMENT, **os.environ}
+    kept = {"TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir(), f"torchinductor_uid_{os.getuid()}"))}
+    return {**CPU_ENVIRONMENT, **kept, **os.environ, "TMPDIR": str(folder)}
 
 
 def _vllm() -> str:

@@ -5,7 +5,6 @@ vLLM runs in a process of its own, which ends with the measurement, or with this
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from gguf_mixed.temporary import temporary_folder
 from gguf_mixed.tether import spawn
 from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.evaluation.engines.interface import Scores, Windows, all_windows, perplexities
-from vllm_gemma4q.evaluation.server import CPU_ENVIRONMENT, last_error
+from vllm_gemma4q.evaluation.server import engine_environment, last_error
 from vllm_gemma4q.evaluation.windows import Window
 
 _RECORDER = "vllm_gemma4q.evaluation.engines.vllm_recorder.Recorder"
@@ -55,7 +54,7 @@ class VLLM:
         with temporary_folder() as folder:
             asked, answered = folder / "request.json", folder / "answer.npz"
             asked.write_text(json.dumps(request))
-            code = _run([sys.executable, "-m", _PROCESS, str(asked), str(answered)], log)
+            code = _run([sys.executable, "-m", _PROCESS, str(asked), str(answered)], log, folder)
             if code or not answered.exists():
                 raise InputError(f"{model}: vLLM ended with code {code}; last error: {last_error(log)}")
             answer = np.load(answered)
@@ -84,10 +83,8 @@ def _require() -> None:
         raise InputError("vllm: not installed, expected vLLM 0.32 or newer")
 
 
-def _run(command: Sequence[str], log: Path) -> int:
-    environment = {**CPU_ENVIRONMENT, **os.environ}
-    with (
-        log.open("ab") as output,
-        spawn(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT) as process,
-    ):
+def _run(command: Sequence[str], log: Path, folder: Path) -> int:
+    """The exit code."""
+    options: dict[str, Any] = {"env": engine_environment(folder), "stdin": subprocess.DEVNULL}
+    with log.open("ab") as output, spawn(command, **options, stdout=output, stderr=subprocess.STDOUT) as process:
         return process.wait()
