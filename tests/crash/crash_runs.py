@@ -1,35 +1,46 @@
 """Runs of a command in a folder: ended at a moment that was drawn, gone on with, and compared with an unbroken one."""
 
+import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 # What every command needs, and takes seconds to import.
 ALL = (
-    "gguf_mixed.cli", "matplotlib.backends.backend_agg", "matplotlib.figure", "openai.resources.chat",
-    "PIL.PngImagePlugin", "scipy.optimize", "scipy.stats", "transformers.models.gemma4.modeling_gemma4",
-    "vllm_gemma4q.calibration.calibrate",
-    "vllm_gemma4q.card.card", "vllm_gemma4q.compare.comparison", "vllm_gemma4q.evaluation.gsm8k.run",
-    "vllm_gemma4q.pruned_moe.refit", "vllm_gemma4q.report.facts", "vllm_gemma4q.report.render",
-    "vllm_gemma4q.commands.calibrate", "vllm_gemma4q.commands.quantize", "vllm_gemma4q.commands.prune",
-    "vllm_gemma4q.commands.restore", "vllm_gemma4q.commands.evaluate", "vllm_gemma4q.commands.vram",
+    "PIL.PngImagePlugin", "anyio._backends._asyncio", "anyio.streams.memory", "anyio.streams.stapled",
+    "gguf_mixed.backward", "gguf_mixed.cli", "jiter", "matplotlib.backends.backend_agg", "matplotlib.figure",
+    "openai.resources.chat.completions", "openai.resources.models", "scipy.optimize", "scipy.stats",
+    "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto",
+    "transformers.models.gemma4.modeling_gemma4", "typer._adapters", "vllm_gemma4q.calibration.calibrate",
+    "vllm_gemma4q.card.card", "vllm_gemma4q.cli", "vllm_gemma4q.commands.calibrate", "vllm_gemma4q.commands.card",
+    "vllm_gemma4q.commands.compare", "vllm_gemma4q.commands.evaluate", "vllm_gemma4q.commands.prune",
+    "vllm_gemma4q.commands.quantize", "vllm_gemma4q.commands.report", "vllm_gemma4q.commands.restore",
+    "vllm_gemma4q.commands.sweep", "vllm_gemma4q.commands.vram", "vllm_gemma4q.compare.comparison",
+    "vllm_gemma4q.evaluation.engines.transformers", "vllm_gemma4q.evaluation.gsm8k.run",
+    "vllm_gemma4q.evaluation.measure", "vllm_gemma4q.evaluation.noise", "vllm_gemma4q.exl3.sweep",
+    "vllm_gemma4q.exl3.sweep_plot", "vllm_gemma4q.pruned_moe.judge", "vllm_gemma4q.pruned_moe.refit",
+    "vllm_gemma4q.report.facts", "vllm_gemma4q.report.render",
 )  # fmt: skip
 SEED = int(os.environ.get("GEMMA4Q_CRASH_SEED", "0"))
 KILLS = int(os.environ.get("GEMMA4Q_CRASH_KILLS", "50"))
 SERVER = Path(__file__).with_name("fork_server.py")
 FEW = 4  # changes of files: then only time tells moments apart
 LONGEST = 120.0  # seconds that a run may take
-JOURNAL = ".gemma4q-run.jsonl"
+GONE = 20.0  # seconds in which all that a killed run started has to end
+JOURNAL, TEMPORARY = ".gemma4q-run.jsonl", "gemma4q-"
 Files = Mapping[str, bytes]
+# One figure, or one for each step.
+_SECONDS = re.compile(rb'("seconds"): (?:[\d.e+-]+|\{[^{}]*\})')
 
 
 @dataclass(frozen=True)
@@ -38,8 +49,9 @@ class Case:
 
     Attributes:
         arguments: what it writes has names relative to the folder it runs in, so that all runs are given the same.
-        work: names of folders that only an unfinished run has.
+        work: names of files and folders that only an unfinished run has.
         grows: files that are appended to: an unfinished one is how the finished one begins.
+        unordered: files whose lines come as workers are done with them.
         replaced: files that are there before with something else in them, and are replaced.
         rewritten: JSON files that are replaced more than once.
         in_a_row: the most kills before a run is let to its end; more where that takes seconds.
@@ -50,6 +62,7 @@ class Case:
     arguments: Sequence[object]
     work: Sequence[str] = ()
     grows: Sequence[str] = ()
+    unordered: Sequence[str] = ()
     replaced: Sequence[str] = ()
     rewritten: Sequence[str] = ()
     in_a_row: int = 6
@@ -74,8 +87,28 @@ class Server:
     def __init__(self, process: "subprocess.Popen[str]", folder: Path):
         self._process = process
         self._environment = {"TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+        self._environment["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "torch")  # a cache is there to be left
         self.temporary = folder / "tmp"
         self.temporary.mkdir()
+
+    def check_nothing_left(self, folder: Path, told: str = "") -> None:
+        """Assert that runs in a folder, ended or killed a moment ago, leave neither temporary files nor processes."""
+        end = time.monotonic() + GONE
+        while (left := self._left(folder)) and time.monotonic() < end:
+            time.sleep(0.005)
+        assert not left, (left, told)
+
+    def _left(self, folder: Path) -> list[str]:
+        """Names of temporary files, and command lines of programs that have the runs' environment."""
+        setting = f"TMPDIR={self.temporary}".encode()
+        found = [
+            path.name for path in [*self.temporary.iterdir(), *folder.glob(f"{TEMPORARY}*")] if not _is_trial(path)
+        ]
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if any(each.startswith(setting) for each in (process / "environ").read_bytes().split(b"\0")):
+                    found.append((process / "cmdline").read_text().replace("\0", " "))
+        return found
 
     def start(
         self, case: Case, folder: Path, at: int | None = None, number: int = signal.SIGKILL, **options: Any
@@ -106,10 +139,18 @@ class Server:
         return dict(json.loads(self._process.stdout.readline()))
 
 
-@contextmanager
+def _is_trial(path: Path) -> bool:
+    """A file by which Python itself finds out whether a folder for temporary files can be written."""
+    with contextlib.suppress(OSError):
+        return path.is_file() and path.read_bytes() in (b"", b"bl", b"blat")
+    return False
+
+
+@contextlib.contextmanager
 def serving(folder: Path, *imported: str) -> Iterator[Server]:
     """A server; `imported` are modules that are in no run's time then."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment["PYTHONPATH"] = f"{SERVER.parent}{os.pathsep}{environment.get('PYTHONPATH', '')}"  # for stub_engine
     for name in ("EVAL_BASELINE_JSON", "EVAL_QUANT_JSON", "OPENAI_API_KEY"):
         environment.pop(name, None)
     command = [sys.executable, SERVER, *imported]
@@ -123,12 +164,14 @@ def serving(folder: Path, *imported: str) -> Iterator[Server]:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, and every empty folder."""
+    """Every file below a folder, and every empty folder. Of results, what was measured, and not in which time."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.is_file():
             found[name] = path.read_bytes()
+            if path.name == "results.json":
+                found[name] = _SECONDS.sub(rb"\1: 0", found[name])
         elif not any(path.iterdir()):
             found[f"{name}/"] = b""
     return found
@@ -166,14 +209,14 @@ class Campaign:
         whole = make(self.folder / "whole", self.case)
         first = must_succeed(self.server.run(self.case, whole))
         again = must_succeed(self.server.run(self.case, make(self.folder / "warm", self.case)))
-        self.expected, unbroken = snapshot(whole), replace(first, seconds=min(first.seconds, again.seconds))
-        check_same(snapshot(self.folder / "warm"), self.expected)
-        assert not list(self.server.temporary.iterdir())
+        self.expected, unbroken = self._snapshot(whole), replace(first, seconds=min(first.seconds, again.seconds))
+        check_same(self._snapshot(self.folder / "warm"), self.expected)
+        self.server.check_nothing_left(whole)
         while self.kills < wanted:
             folder = make(self.folder / f"run-{self.finished}", self.case)
             times = generator.randint(1, self.case.in_a_row)
             if all(self._kill(folder, unbroken, generator) for _ in range(times)):
-                ended = self.server.run(self.case, folder)
+                ended = self._run(folder)
                 assert ended.status == 0, (ended, self.told())
             self._check_finished(folder)
             shutil.rmtree(folder)
@@ -185,7 +228,7 @@ class Campaign:
         else:
             moment = {"at": generator.randint(1, unbroken.events)}
         self.moments.append(f"{moment}")
-        ended = self.server.run(self.case, folder, **moment)
+        ended = self._run(folder, **moment)
         if ended.status == -signal.SIGKILL:
             self.kills += 1
             check_unfinished(self.case, folder, self.expected, self.told())
@@ -193,12 +236,25 @@ class Campaign:
         assert ended.status == 0, (ended, self.told())
         return False
 
+    def _run(self, folder: Path, **moment: Any) -> Ended:
+        """Tried again while a killed run has a child that holds its lock, being about to become a program."""
+        end = time.monotonic() + GONE
+        while (ended := self.server.run(self.case, folder, **moment)).status == 2 and time.monotonic() < end:
+            if not self.moments or "another run is writing here" not in ended.printed:
+                break
+        return ended
+
     def _check_finished(self, folder: Path) -> None:
-        check_same(snapshot(folder), self.expected, self.told())
-        left = sorted(path.name for path in self.server.temporary.iterdir())
-        assert not left, (left, self.told())
+        self.server.check_nothing_left(folder, self.told())
+        check_same(self._snapshot(folder), self.expected, self.told())
         self.finished += 1
         self.moments.clear()
+
+    def _snapshot(self, folder: Path) -> Files:
+        return {
+            name: b"".join(sorted(content.splitlines(keepends=True))) if name in self.case.unordered else content
+            for name, content in snapshot(folder).items()
+        }
 
     def told(self) -> str:
         """Where a failure was: enough to have it again."""
@@ -215,12 +271,20 @@ def check_unfinished(case: Case, folder: Path, expected: Files, told: str) -> No
     """Whatever has its final name is whole, so that nobody can take an unfinished file for a finished one."""
     found = snapshot(folder)
     for name, content in found.items():
-        if name.endswith((".partial", ".partial.gguf", JOURNAL, "/")) or name.split("/")[0] in case.work:
+        if name.endswith((".partial", ".partial.gguf", JOURNAL, "/")):
+            continue
+        if name.startswith(TEMPORARY) or name in case.work or name.split("/")[0] in case.work:
             continue
         if name in case.replaced and content == b"what was here before":
             continue
         if name in case.grows:
             assert expected[name].startswith(content), (name, told)
+        elif name in case.unordered:
+            lines = expected[name].splitlines(keepends=True)
+            assert all(line in lines for line in content.splitlines(keepends=True) if line.endswith(b"\n")), (
+                name,
+                told,
+            )
         elif name in case.rewritten:
             json.loads(content)
         else:

@@ -25,10 +25,10 @@ def unbroken() -> dict[str, tuple[int, Files]]:
 
 
 @pytest.fixture
-def events_and_files(server, case, tmp_path, unbroken) -> tuple[int, Files]:
+def events_and_files(server, case, place, unbroken) -> tuple[int, Files]:
     """How often an unbroken run changes files, and what it leaves; run once a command."""
     if case.name not in unbroken:
-        whole = make(tmp_path / "whole", case)
+        whole = make(place / "whole", case)
         unbroken[case.name] = must_succeed(server.run(case, whole)).events, snapshot(whole)
     return unbroken[case.name]
 
@@ -75,21 +75,21 @@ def test_a_full_disk(server, case: Case, expected, disk):
     remount(disk, f"size={GROWN}")
     must_succeed(server.run(case, folder))
     check_same(snapshot(folder), expected, f"{case}")
-    assert not list(server.temporary.iterdir())
+    server.check_nothing_left(folder)
 
 
 @pytest.mark.slow
-def test_a_limit_on_sizes(server, case: Case, expected, tmp_path):
+def test_a_limit_on_sizes(server, case: Case, expected, place):
     """What no look at the free space foretells: a write that stops in the middle of the largest file, or of others."""
     largest = max(map(len, expected.values()))
     for share in (0.05, 0.95):
-        folder = make(tmp_path / "run", case)
+        folder = make(place / "run", case)
         ended = server.run(case, folder, file_bytes=int(share * largest))
         line = check_stopped(ended, case, folder, expected)
         assert "File too large" in line or "killed by SIGXFSZ" in line, line  # llama.cpp's programs say nothing
         must_succeed(server.run(case, folder))
         check_same(snapshot(folder), expected, f"{case}, {share}")
-        assert not list(server.temporary.iterdir())
+        server.check_nothing_left(folder)
         shutil.rmtree(folder)
 
 
@@ -137,12 +137,12 @@ def test_a_target_on_another_file_system(server, case: Case, expected, events_an
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [name for name in CASES if name != GSM8K], indirect=True)
-def test_a_second_run_is_refused(server, case: Case, expected, events_and_files, tmp_path):
+def test_a_second_run_is_refused(server, case: Case, expected, events_and_files, place):
     """The first is stopped at some points while the second tries, in the same folder. Before the first has begun to
     write, and when it has ended, the second may do its work: then the first must not spoil it."""
     refusals = []
     for share in (0.34, 0.5, 0.75):
-        folder = make(tmp_path / f"run-{share}", case)
+        folder = make(place / f"run-{share}", case)
         first = server.start(case, folder, at=max(2, int(share * events_and_files[0])), number=signal.SIGSTOP)
         assert server.wait(first).status is None
         before = snapshot(folder)
@@ -157,10 +157,10 @@ def test_a_second_run_is_refused(server, case: Case, expected, events_and_files,
 
 
 @pytest.mark.slow
-def test_a_second_evaluation_is_refused(server, known, tmp_path):
+def test_a_second_evaluation_is_refused(server, known, place):
     """Which changes its file without a moment that is counted: stopped when it has a reply."""
     case = known[GSM8K]
-    whole, folder = make(tmp_path / "whole", case), make(tmp_path / "run", case)
+    whole, folder = make(place / "whole", case), make(place / "run", case)
     must_succeed(server.run(case, whole))
     first = server.start(case, folder)
     while not (folder / "results.jsonl").exists() or (folder / "results.jsonl").read_bytes().count(b"\n") < 2:
