@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any
 
 from vllm_gemma4q.errors import InputError
@@ -79,6 +80,7 @@ _TOP_ROLES = (
 )
 
 
+@lru_cache(maxsize=1 << 16)  # a mixture has 24,000 names, and each is asked about often
 def role_of(name: str) -> Role:
     """The role of a tensor or module, by its Hugging Face name."""
     for pattern, role in _TOWERS:

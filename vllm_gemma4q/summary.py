@@ -7,7 +7,8 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from vllm_gemma4q.architecture import Role, role_of
-from vllm_gemma4q.checkpoint import DTYPE_BYTES, Step
+from vllm_gemma4q.checkpoint import DTYPE_BYTES
+from vllm_gemma4q.checkpoint.steps import Step
 
 _COUNTERS = ("parameters", "quantized", "bytes_before", "bytes_after")
 

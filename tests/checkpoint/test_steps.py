@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from vllm_gemma4q.checkpoint import OutputTensor, Step, open_checkpoint
+from vllm_gemma4q.checkpoint import open_checkpoint
 from vllm_gemma4q.checkpoint.convert import Conversion, convert
+from vllm_gemma4q.checkpoint.steps import OutputTensor, Step
 
 SHAPES = {"cube": (13, 5, 7), "matrix": (13, 300), "vector": (13,)}
 BLOCK_BYTES = 100  # no multiple of any row

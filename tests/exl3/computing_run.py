@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from vllm_gemma4q.checkpoint import OutputTensor, Step, open_checkpoint
+from vllm_gemma4q.checkpoint import open_checkpoint
 from vllm_gemma4q.checkpoint.convert import Conversion, convert
-from vllm_gemma4q.checkpoint.steps import Computed
+from vllm_gemma4q.checkpoint.steps import Computed, OutputTensor, Step
 
 
 def column_sums(rows, progress):

@@ -13,9 +13,9 @@ from peak_memory import measure
 from safetensors.torch import load_file, save_file
 from synthetic import write_header_only
 
-from vllm_gemma4q.checkpoint import OutputTensor, Step, open_checkpoint
+from vllm_gemma4q.checkpoint import open_checkpoint
 from vllm_gemma4q.checkpoint.convert import convert
-from vllm_gemma4q.checkpoint.steps import Computed
+from vllm_gemma4q.checkpoint.steps import Computed, OutputTensor, Step
 from vllm_gemma4q.errors import InputError
 
 SCRIPT = Path(__file__).with_name("computing_run.py")

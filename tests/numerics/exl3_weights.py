@@ -2,7 +2,7 @@
 
 import torch
 from gemma4q_kernels.exl3 import CODEBOOKS, Exl3Weight, reconstruct
-from gemma4q_kernels.exl3.format import HALF_WIDTHS, WIDTHS
+from gemma4q_kernels.exl3_layout import HALF_WIDTHS, WIDTHS
 
 FORMATS = [(codebook, width) for codebook in CODEBOOKS for width in WIDTHS] + [("mul1", w) for w in HALF_WIDTHS]
 

@@ -9,8 +9,8 @@ import torch
 from exl3_weights import FORMATS, packed
 from gemma4q_kernels import exl3
 from gemma4q_kernels.exl3 import CODEBOOKS, choose_encoder, encode, pack, reference, viterbi, viterbi_cpu
-from gemma4q_kernels.exl3.format import HALF_WIDTHS, WIDTHS
 from gemma4q_kernels.exl3.packing import step_bits, width_of
+from gemma4q_kernels.exl3_layout import HALF_WIDTHS, WIDTHS
 from tolerances import EXL3_CLOSED_RING, EXL3_GAUSSIAN, EXL3_SAME_COST
 
 # Where tiles are encoded best, over the standard deviation of the codebook.

@@ -8,9 +8,8 @@ from functools import partial
 import torch
 
 from gguf_mixed.errors import InputError
-from vllm_gemma4q.checkpoint import OutputTensor, Step
 from vllm_gemma4q.checkpoint.convert import Conversion
-from vllm_gemma4q.checkpoint.steps import Computed
+from vllm_gemma4q.checkpoint.steps import Computed, OutputTensor, Step
 
 PAUSE = 2  # seconds
 

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 from gemma4q_kernels.exl3 import Exl3Weight, linear
-from gemma4q_kernels.exl3.slicing import Span, cut
+from gemma4q_kernels.exl3.slicing import cut
+from gemma4q_kernels.exl3_layout import Span
 from numerics.exl3_weights import dense, packed
 from tolerances import EXL3_LINEAR, rms_error
 

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from gemma4q_kernels.exl3.slicing import Span, cut
+from gemma4q_kernels.exl3.slicing import cut
+from gemma4q_kernels.exl3_layout import Span
 from synthetic import CONFIG_26B_A4B, CONFIG_31B, shapes, small_config, write_checkpoint, write_header_only
 
 from vllm_gemma4q.architecture import parse_text_architecture

@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from gemma4q_kernels.exl3.format import BLOCK
+from gemma4q_kernels.exl3_layout import BLOCK
 
 from vllm_gemma4q.architecture import Role, layer_index, role_of
 from vllm_gemma4q.linears import Linear

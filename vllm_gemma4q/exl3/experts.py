@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from gemma4q_kernels import exl3
 from gemma4q_kernels.exl3 import Exl3Weight
-from gemma4q_kernels.exl3.slicing import Span
+from gemma4q_kernels.exl3_layout import Span
 from gemma4q_kernels.grouped_mm.activation import activate
 from gemma4q_kernels.grouped_mm.routing import group_by_expert
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn
 
-from gemma4q_kernels.exl3.format import BLOCK, HALF_WIDTHS, TILE, WIDTHS, codebook_of
+from gemma4q_kernels.exl3_layout import BLOCK, HALF_WIDTHS, TILE, WIDTHS, codebook_of
 
 from vllm_gemma4q.architecture import FUSED_SHARDS, Role, TextArchitecture, layer_index, role_of
 from vllm_gemma4q.errors import InputError

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from gemma4q_kernels import exl3
-from gemma4q_kernels.exl3.slicing import Span
+from gemma4q_kernels.exl3_layout import Span
 from vllm.model_executor.layers.linear import LinearMethodBase
 
 from vllm_gemma4q.exl3.facts import Packed

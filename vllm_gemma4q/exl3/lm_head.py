@@ -5,7 +5,7 @@ So tying leaves it as it is, and the embeddings keep their unquantized weights. 
 """
 
 import torch
-from gemma4q_kernels.exl3.slicing import Span
+from gemma4q_kernels.exl3_layout import Span
 
 from vllm_gemma4q.exl3.facts import Packed
 from vllm_gemma4q.exl3.linear import Exl3LinearMethod

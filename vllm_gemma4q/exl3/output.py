@@ -16,11 +16,10 @@ import struct
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from gemma4q_kernels.exl3.format import TILE
+from gemma4q_kernels.exl3_layout import TILE
 
-from vllm_gemma4q.checkpoint import OutputTensor
 from vllm_gemma4q.checkpoint.sidecars import to_json
-from vllm_gemma4q.checkpoint.steps import Constant
+from vllm_gemma4q.checkpoint.steps import Constant, OutputTensor
 from vllm_gemma4q.exl3.allocation import padded
 from vllm_gemma4q.exl3.facts import INPUT_SIGNS, OUTPUT_SIGNS, TRELLIS
 from vllm_gemma4q.exl3.scheme import METHOD

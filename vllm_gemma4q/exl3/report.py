@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vllm_gemma4q.architecture import Role, role_of
-from vllm_gemma4q.checkpoint import Step
+from vllm_gemma4q.checkpoint.steps import Step
 from vllm_gemma4q.linears import Linear
 
 LAYERS = "layers"

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 from gemma4q_kernels.exl3 import CODEBOOKS, Exl3Weight
-from gemma4q_kernels.exl3.format import TILE
-from gemma4q_kernels.exl3.slicing import Span, cut
+from gemma4q_kernels.exl3.slicing import cut
+from gemma4q_kernels.exl3_layout import TILE, Span
 from vllm.model_executor.utils import set_weight_attrs
 
 from vllm_gemma4q.errors import InputError

@@ -10,8 +10,8 @@ import torch
 from gemma4q_kernels.exl3 import quantize_linear
 
 from vllm_gemma4q.architecture import layer_index
-from vllm_gemma4q.checkpoint import DTYPE_BYTES, OutputTensor, Step, TensorInfo
-from vllm_gemma4q.checkpoint.steps import Computed, Progress
+from vllm_gemma4q.checkpoint import DTYPE_BYTES, TensorInfo
+from vllm_gemma4q.checkpoint.steps import Computed, OutputTensor, Progress, Step
 from vllm_gemma4q.exl3 import output
 from vllm_gemma4q.exl3.facts import LM_HEAD
 from vllm_gemma4q.exl3.hessians import Hessians

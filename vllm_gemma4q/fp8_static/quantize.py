@@ -19,10 +19,10 @@ import torch
 from gguf_mixed.tasks import Executor
 from vllm_gemma4q.architecture import Role, parse_text_architecture, role_of
 from vllm_gemma4q.calibration.statistics import Statistics, read_statistics
-from vllm_gemma4q.checkpoint import Checkpoint, OutputTensor, Step, TensorInfo
+from vllm_gemma4q.checkpoint import Checkpoint, TensorInfo
 from vllm_gemma4q.checkpoint.convert import Conversion
 from vllm_gemma4q.checkpoint.rewrite import Progress
-from vllm_gemma4q.checkpoint.steps import MAX_SHARD_BYTES, Constant
+from vllm_gemma4q.checkpoint.steps import MAX_SHARD_BYTES, Constant, OutputTensor, Step
 from vllm_gemma4q.conformance import check_unquantized
 from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.fp8_static import e4m3

@@ -20,10 +20,10 @@ import torch
 from gguf_mixed.drop_map import RetainedExperts
 from vllm_gemma4q.architecture import Role, TextArchitecture, role_of
 from vllm_gemma4q.calibration.weights import read_rows
-from vllm_gemma4q.checkpoint import DTYPE_BYTES, Checkpoint, OutputTensor, Step, TensorInfo
+from vllm_gemma4q.checkpoint import DTYPE_BYTES, Checkpoint, TensorInfo
 from vllm_gemma4q.checkpoint.convert import Conversion
 from vllm_gemma4q.checkpoint.sidecars import to_json
-from vllm_gemma4q.checkpoint.steps import MAX_SHARD_BYTES, Constant
+from vllm_gemma4q.checkpoint.steps import MAX_SHARD_BYTES, Constant, OutputTensor, Step
 from vllm_gemma4q.conformance import check_unquantized
 from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.pruned_moe.config import pruned_config

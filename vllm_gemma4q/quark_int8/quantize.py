@@ -11,9 +11,9 @@ import torch
 from gemma4q_kernels.int8_scaled_mm import quantize_per_channel
 
 from vllm_gemma4q.architecture import parse_text_architecture
-from vllm_gemma4q.checkpoint import Checkpoint, OutputTensor, Step, TensorInfo
+from vllm_gemma4q.checkpoint import Checkpoint, TensorInfo
 from vllm_gemma4q.checkpoint.convert import Conversion
-from vllm_gemma4q.checkpoint.steps import MAX_SHARD_BYTES
+from vllm_gemma4q.checkpoint.steps import MAX_SHARD_BYTES, OutputTensor, Step
 from vllm_gemma4q.conformance import check_unquantized
 from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.linears import linears_of, unquantized_linears

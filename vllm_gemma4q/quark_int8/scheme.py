@@ -17,6 +17,8 @@ from vllm_gemma4q.name_patterns import compile_pattern
 
 METHOD_NAME = "gemma4q_quark_int8"
 
+_GLOB = frozenset("*?[")
+
 _WEIGHT = {"dtype": "int8", "qscheme": "per_channel", "symmetric": True}
 _INPUT = {"dtype": "int8", "qscheme": "per_channel", "symmetric": True, "is_dynamic": True}
 
@@ -94,10 +96,12 @@ def is_excluded(names: Iterable[str], exclude: Iterable[str]) -> bool:
         InputError: a pattern is none (see `compile_pattern`).
     """
     names = tuple(names)
-    return any(_matches(name, rule) for rule in exclude for name in names)
+    return any(_matches(names, rule) for rule in exclude)
 
 
-def _matches(name: str, rule: str) -> bool:
+def _matches(names: tuple[str, ...], rule: str) -> bool:
     if rule.startswith("re:"):
-        return compile_pattern(rule).match(name) is not None
-    return fnmatch.fnmatchcase(name, rule)
+        return any(compile_pattern(rule).match(name) for name in names)
+    if _GLOB.isdisjoint(rule):  # most rules, and lists are long
+        return rule in names
+    return any(fnmatch.fnmatchcase(name, rule) for name in names)

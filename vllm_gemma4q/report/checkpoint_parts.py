@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from gemma4q_kernels.exl3.format import TILE
+from gemma4q_kernels.exl3_layout import TILE
 
 from vllm_gemma4q.architecture import Role, TextArchitecture, is_fused_experts, layer_index
 from vllm_gemma4q.checkpoint import TensorInfo

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from gemma4q_kernels.exl3 import codebook_of, reconstruct
-from gemma4q_kernels.exl3.format import BLOCK, TILE
+from gemma4q_kernels.exl3_layout import BLOCK, TILE
 
 from vllm_gemma4q.architecture import parse_text_architecture
 from vllm_gemma4q.checkpoint import Checkpoint, TensorInfo

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_gemma4q.architecture import Role, parse_text_architecture, role_of
-from vllm_gemma4q.checkpoint import Checkpoint, OutputTensor, Step, TensorInfo
+from vllm_gemma4q.checkpoint import Checkpoint, TensorInfo
 from vllm_gemma4q.checkpoint.convert import Conversion
 from vllm_gemma4q.checkpoint.rewrite import Progress
-from vllm_gemma4q.checkpoint.steps import MAX_SHARD_BYTES
+from vllm_gemma4q.checkpoint.steps import MAX_SHARD_BYTES, OutputTensor, Step
 from vllm_gemma4q.restore.decide import Decision, decide
 from vllm_gemma4q.restore.formats import Format, current_name, listed, parse_format, with_list
 from vllm_gemma4q.restore.names import canonical

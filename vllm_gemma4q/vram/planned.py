@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from typing import Any
 
-from gemma4q_kernels.exl3.slicing import Span
+from gemma4q_kernels.exl3_layout import Span
 
 from vllm_gemma4q.architecture import TextArchitecture, is_fused_experts, is_linear_weight
 from vllm_gemma4q.vram.weights import TRELLIS, StoredTensor

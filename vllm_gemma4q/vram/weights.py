@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from gemma4q_kernels.exl3.slicing import Span
+from gemma4q_kernels.exl3_layout import Span
 
 from vllm_gemma4q.architecture import Role, TextArchitecture, layer_index, role_of
 from vllm_gemma4q.errors import InputError

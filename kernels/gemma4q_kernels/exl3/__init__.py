@@ -33,9 +33,10 @@ import torch
 
 from gemma4q_kernels.exl3.dispatch import BACKENDS, Choice, backend_module, choose
 from gemma4q_kernels.exl3.encode import ENCODERS, Encoded, choose_encoder, encode
-from gemma4q_kernels.exl3.format import CODEBOOKS, Exl3Weight, check_linear, codebook_of, unpack_signs
+from gemma4q_kernels.exl3.format import Exl3Weight, check_linear, unpack_signs
 from gemma4q_kernels.exl3.packing import pack
 from gemma4q_kernels.exl3.quantize import Quantized, quantize_linear
+from gemma4q_kernels.exl3_layout import CODEBOOKS, codebook_of
 
 __all__ = [
     "BACKENDS",

@@ -20,9 +20,10 @@ from functools import cache
 
 import torch
 
-from gemma4q_kernels.exl3.format import BLOCK, TILE, Exl3Weight, Problem
+from gemma4q_kernels.exl3.format import Exl3Weight, Problem
 from gemma4q_kernels.exl3.hadamard import STAGES
 from gemma4q_kernels.exl3.reference import ring_positions, values, window_ends
+from gemma4q_kernels.exl3_layout import BLOCK, TILE
 from gemma4q_kernels.support import YES, Support
 
 _TILES = BLOCK // TILE

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 
 from gemma4q_kernels.exl3.few_rows_column import QUAD, column, transpose
-from gemma4q_kernels.exl3.format import TILE
 from gemma4q_kernels.exl3.reference import ring_positions, window_ends
 from gemma4q_kernels.exl3.vectors import LANES, compiled, reader, write
+from gemma4q_kernels.exl3_layout import TILE
 
 # Rows that kernels are compiled for; fewer are filled with zeros.
 _ROWS = (1, 4, 8)

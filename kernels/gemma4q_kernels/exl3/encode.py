@@ -15,9 +15,9 @@ from importlib import import_module
 import torch
 
 from gemma4q_kernels.dispatch import Choice
-from gemma4q_kernels.exl3.format import TILE
 from gemma4q_kernels.exl3.packing import WINDOWS, pack, width_of
 from gemma4q_kernels.exl3.reference import ring_positions, values
+from gemma4q_kernels.exl3_layout import TILE
 from gemma4q_kernels.support import YES, Support, no, triton_support
 
 Search = Callable[[torch.Tensor, int, str], torch.Tensor]

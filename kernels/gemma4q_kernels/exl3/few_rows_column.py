@@ -15,8 +15,8 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils, types
 
-from gemma4q_kernels.exl3.format import TILE
 from gemma4q_kernels.exl3.vectors import LANES, VECTOR, instruction
+from gemma4q_kernels.exl3_layout import TILE
 
 QUAD = 4  # words that `transpose` takes of each tile
 

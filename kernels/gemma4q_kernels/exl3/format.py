@@ -3,17 +3,13 @@
 K below is bits a weight. A tile is 16 x 16 weights, a block of the Hadamard transforms is 128 features.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-TILE = 16
-BLOCK = 128
-CODEBOOKS = ("3inst", "mcg", "mul1")
-# int16 a tile: 16 K. ExLlamaV3 writes the half rates with mul1 only.
-WIDTHS = tuple(TILE * k for k in range(1, 9))
-HALF_WIDTHS = (24, 40, 56)
+from gemma4q_kernels.exl3_layout import BLOCK, CODEBOOKS, HALF_WIDTHS, TILE, WIDTHS
+
 OUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -71,18 +67,6 @@ class Exl3Weight:
     def bits(self) -> float:
         """Bits a weight, scales not counted."""
         return self.trellis.shape[2] / TILE
-
-
-def codebook_of(stored: Iterable[str]) -> str:
-    """The codebook of a linear, from the names of its tensors without the linear's own ("trellis", "suh", "mcg", ..).
-
-    Raises:
-        ValueError: markers of two codebooks.
-    """
-    markers = sorted({"mcg", "mul1"} & set(stored))
-    if len(markers) > 1:
-        raise ValueError(f"codebook: got markers {markers}, expected at most one")
-    return markers[0] if markers else "3inst"
 
 
 def check_codebook(codebook: str) -> None:

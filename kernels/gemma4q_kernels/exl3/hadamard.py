@@ -6,7 +6,7 @@ so that every device returns the same bits.
 
 import torch
 
-from gemma4q_kernels.exl3.format import BLOCK
+from gemma4q_kernels.exl3_layout import BLOCK
 
 STAGES = tuple(1 << stage for stage in range(BLOCK.bit_length() - 1))
 

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import torch
 
-from gemma4q_kernels.exl3.format import BLOCK, TILE
 from gemma4q_kernels.exl3.ordered import cholesky, product
+from gemma4q_kernels.exl3_layout import BLOCK, TILE
 
 # Of the mean of the diagonal, added to it. More where float32 finds no factor.
 DAMPING = (0.025, 0.1, 0.4)

@@ -7,8 +7,9 @@ reaches its end. Pairs of units are stored swapped, since they are little-endian
 
 import torch
 
-from gemma4q_kernels.exl3.format import HALF_WIDTHS, TILE, WIDTHS, check_codebook
+from gemma4q_kernels.exl3.format import check_codebook
 from gemma4q_kernels.exl3.reference import states, window_ends
+from gemma4q_kernels.exl3_layout import HALF_WIDTHS, TILE, WIDTHS
 
 WINDOWS = TILE * TILE
 STATE_BITS = 16

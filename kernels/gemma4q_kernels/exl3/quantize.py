@@ -16,12 +16,13 @@ import torch
 
 from gemma4q_kernels.exl3 import cpu
 from gemma4q_kernels.exl3.encode import choose_encoder, encode
-from gemma4q_kernels.exl3.format import BLOCK, TILE, Exl3Weight
+from gemma4q_kernels.exl3.format import Exl3Weight
 from gemma4q_kernels.exl3.ldlq import encode_with_feedback, feedback_factor
 from gemma4q_kernels.exl3.ordered import product
 from gemma4q_kernels.exl3.packing import width_of
 from gemma4q_kernels.exl3.reference import values
 from gemma4q_kernels.exl3.regularize import Regularized, regularize, rotate_hessian
+from gemma4q_kernels.exl3_layout import BLOCK, TILE
 
 _SCALE_RANGE = 0.15  # around what is best for a normal distribution
 _SCALE_TRIALS = 5

@@ -20,8 +20,9 @@ from collections.abc import Sequence
 
 import torch
 
-from gemma4q_kernels.exl3.format import BLOCK, TILE, Exl3Weight, Problem
+from gemma4q_kernels.exl3.format import Exl3Weight, Problem
 from gemma4q_kernels.exl3.hadamard import transform
+from gemma4q_kernels.exl3_layout import BLOCK, TILE
 from gemma4q_kernels.support import YES, Support
 
 _MASK, _EXPONENTS = 0x8FFF8FFF, 0x3B603B60

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from gemma4q_kernels.exl3.format import BLOCK
 from gemma4q_kernels.exl3.hadamard import transform
+from gemma4q_kernels.exl3_layout import BLOCK
 
 # Where the scale of a whole weight lies within this, suh takes all of it; svh takes the rest.
 _OVERALL = (2.0**-8, 2.0**8)

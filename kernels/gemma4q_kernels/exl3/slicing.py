@@ -9,47 +9,9 @@ block that it touches, an input that belongs to another rank is zero there, and 
 exactly. Two ranks with a boundary within a block both hold it. Features that only pad the last block are the same case.
 """
 
-from typing import NamedTuple
-
 import torch
 
-from gemma4q_kernels.exl3.format import BLOCK, TILE
-
-
-class Span(NamedTuple):
-    """`size` features from `start` on, and the blocks that hold them.
-
-    Attributes:
-        start, size: the features.
-    """
-
-    start: int
-    size: int
-
-    @property
-    def first(self) -> int:
-        """The first feature of the first block."""
-        return self.start // BLOCK * BLOCK
-
-    @property
-    def offset(self) -> int:
-        """How many features of the first block lie before the span."""
-        return self.start - self.first
-
-    @property
-    def covered(self) -> int:
-        """Features of all its blocks."""
-        return -(-(self.offset + self.size) // BLOCK) * BLOCK
-
-    def embed(self, x: torch.Tensor) -> torch.Tensor:
-        """[.., size] among zeros: [.., covered]."""
-        if self.covered == self.size:
-            return x
-        return torch.nn.functional.pad(x, (self.offset, self.covered - self.offset - self.size))
-
-    def extract(self, x: torch.Tensor, at: int = 0) -> torch.Tensor:
-        """The span itself out of [.., covered] that begin at `at` along the last axis: a view [.., size]."""
-        return x.narrow(-1, at + self.offset, self.size)
+from gemma4q_kernels.exl3_layout import TILE, Span
 
 
 def cut(name: str, tensor: torch.Tensor, inputs: Span, outputs: Span) -> torch.Tensor:

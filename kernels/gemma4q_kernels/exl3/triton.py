@@ -16,9 +16,10 @@ from collections.abc import Sequence
 
 import torch
 
-from gemma4q_kernels.exl3.format import BLOCK, TILE, Exl3Weight, Problem
+from gemma4q_kernels.exl3.format import Exl3Weight, Problem
 from gemma4q_kernels.exl3.triton_linear import multiply
 from gemma4q_kernels.exl3.triton_reconstruct import reconstruct_columns, words_of
+from gemma4q_kernels.exl3_layout import BLOCK, TILE
 from gemma4q_kernels.support import Support, architecture, no, triton_support
 
 FUSED_ROWS = 64

@@ -19,8 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from gemma4q_kernels.exl3.format import BLOCK, TILE
 from gemma4q_kernels.exl3.triton_decode import butterflies, column_pairs, pack, unpack
+from gemma4q_kernels.exl3_layout import BLOCK, TILE
 
 GROUP = 8  # rows
 TILES = 4  # of outputs that a program multiplies, one a warp

@@ -6,6 +6,7 @@ Source: vLLM 0.32 as it was run (CPUs) and read (GPUs); exllamav3 1.4.1.
 from collections.abc import Iterator
 
 from vllm_gemma4q.architecture import EXPERTS_PER_LAYER, Role
+from vllm_gemma4q.doctor.checks.amx import cpu_has_amx
 from vllm_gemma4q.doctor.engines import EXLLAMAV3, LLAMA_CPP, Device, Engine
 from vllm_gemma4q.doctor.finding import Finding, Severity
 from vllm_gemma4q.doctor.subject import CODES, Scheme, Subject
@@ -43,9 +44,10 @@ def _float16(subject: Subject, engine: Engine) -> Iterator[Finding]:
     dtype = next((value for value in values if value is not None), None)
     if dtype not in _HALF or engine.name == LLAMA_CPP:
         return
-    stops = engine.device is Device.CPU and subject.scheme is Scheme.INT8 and engine.is_vllm
+    on_cpu = engine.device is Device.CPU and subject.scheme is Scheme.INT8 and engine.is_vllm
+    stops = on_cpu and (engine.has_plugin or cpu_has_amx())  # stock vLLM's other INT8 kernel, without AMX, takes it
     reason = (
-        "vLLM's INT8 kernels for CPUs do not take it" if stops
+        "INT8 kernels for CPUs do not take it" if stops
         else "Gemma's residual stream exceeds 65504, and what is infinite once stays so"
     )  # fmt: skip
     severity = Severity.ERROR if stops else Severity.WARNING
