@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import torch
+from scale_runs import announced
 
-from gguf_mixed.tasks import Executor, Where, executor
-from gguf_mixed.tasks.processes import Processes
+from gguf_mixed.tasks import Executor
 from vllm_gemma4q.calibration.calibrate import Calibration, calibrate
 from vllm_gemma4q.calibration.decoder import Decoder
 from vllm_gemma4q.calibration.texts import Samples
@@ -38,16 +38,7 @@ def run(kind, target: Path, workers: Executor | None, progress=lambda done: None
 
 
 def main(kind: str, target: str, count: str) -> None:
-    with executor(Where(int(count))) as workers:
-        assert isinstance(workers, Processes)
-        start = workers._start
-
-        def announced():
-            worker = start()
-            print(worker.process.pid, flush=True)
-            return worker
-
-        workers._start = announced
+    with announced(count) as workers:
         run(kind, Path(target), workers)
 
 

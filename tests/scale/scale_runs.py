@@ -5,6 +5,8 @@ python scale_runs.py NAME FOLDER TARGET WORKERS     one of `CONVERSIONS`; prints
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("", "exl3")]
@@ -56,17 +58,24 @@ def processes_of(workers: Processes) -> list[int]:
     return [worker.process.pid for worker in [*workers._idle, *workers._busy.values()]]
 
 
-def main(name: str, folder: str, target: str, count: str) -> None:
+@contextmanager
+def announced(count: str) -> Iterator[Processes]:
+    """Workers whose process ids are printed."""
     with executor(Where(int(count))) as workers:
         assert isinstance(workers, Processes)
         start = workers._start
 
-        def announced():
+        def announce():
             worker = start()
             print(worker.process.pid, flush=True)
             return worker
 
-        workers._start = announced
+        workers._start = announce
+        yield workers
+
+
+def main(name: str, folder: str, target: str, count: str) -> None:
+    with announced(count) as workers:
         run(name, Path(folder), Path(target), workers)
 
 

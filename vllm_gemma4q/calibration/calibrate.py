@@ -13,7 +13,7 @@ from gguf_mixed.fisher import metadata as fisher_metadata
 from gguf_mixed.tasks import Executor
 from vllm_gemma4q.calibration.decoder import Decoder
 from vllm_gemma4q.calibration.fisher import FORWARDS_WORTH, Backward, chosen
-from vllm_gemma4q.calibration.fold import divided
+from vllm_gemma4q.calibration.fold import N_PARTS
 from vllm_gemma4q.calibration.forward import HEAD, Forward, Progress, layer_part
 from vllm_gemma4q.calibration.identity import DEPENDENCIES, decoder_identity, model_identity
 from vllm_gemma4q.calibration.recorder import linears
@@ -91,7 +91,7 @@ class Calibration:
         """What a resumed run must share with the one it resumes."""
         identity = {
             **self.details(),
-            "parts": len(divided(len(self.samples.ids))),
+            "parts": N_PARTS,
             "differentiated": self.differentiated,
             "seed": self.seed,
             **decoder_identity(self.decoder),
