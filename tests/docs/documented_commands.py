@@ -31,6 +31,7 @@ ON_A_SMALL_MODEL = {
     "--bits 3.5 --bits 4 --bits 6": "--bits 4",
     "-tp 4 --vram 24GiB": "-tp 2 --vram 24GiB",
     "--context 8K": "--context 2K",
+    "gemma4q bench": "gemma4q bench --quick",
     "doctor gemma-4-31B-int8 -tp 4": "doctor gemma-4-31B-int8 -tp 2",
 }
 LENGTH = 30_000  # characters of a text
