@@ -5,7 +5,6 @@ python matrix_process.py REQUESTS.json RESULTS.json
 Requests are as `vllm_plugin.engine_process` takes them; a result is `{"error": .., "logprobs": [[..], ..]}`.
 """
 
-import gc
 import json
 import os
 import sys
@@ -14,12 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from vllm_plugin.engine_process import answer
+from vllm_plugin.engine_process import answer, only_ours
 
 
 def main(requests_path: str, results_path: str) -> None:
-    # vLLM collects garbage eight times an engine, all modules' objects too: half of the time of small ones.
-    collect, gc.collect = gc.collect, lambda generation=2: 0
+    collect = only_ours()
     results: list[dict[str, Any]] = []
     for request in json.loads(Path(requests_path).read_text()):
         try:
