@@ -15,6 +15,7 @@ from pathlib import Path
 from gguf_mixed.errors import InputError
 
 PARTIAL = ".partial"
+_held: set[int] = set()
 
 
 class WriteError(InputError):
@@ -67,9 +68,17 @@ def exclusive(path: Path, suffix: str = PARTIAL) -> Iterator[Path]:
             os.close(descriptor)
             descriptor = _open(partial)
             lock(descriptor, path)
+        _held.add(descriptor)
         yield partial
     finally:
+        _held.discard(descriptor)
         os.close(descriptor)
+
+
+def held() -> tuple[int, ...]:
+    """Descriptors of the locks that `exclusive` holds. Whoever has them open holds them too: a program that writes for
+    this process does, so that the next run does not begin while that one, of a killed run, is still about to end."""
+    return tuple(_held)
 
 
 @contextlib.contextmanager

@@ -28,6 +28,8 @@ _ENDED = b"."
 def spawn(command: Sequence[str], grace_seconds: float = 0, **options: Any) -> Iterator["subprocess.Popen[Any]"]:
     """Start a program; at the end of the block nothing of its session is left.
 
+    It holds the locks of `atomic_file.exclusive` that this process holds, until it has ended.
+
     Args:
         grace_seconds: a program that still runs then is asked to end (SIGTERM), and has so long before it is killed.
         options: of `subprocess.Popen`.
@@ -35,11 +37,13 @@ def spawn(command: Sequence[str], grace_seconds: float = 0, **options: Any) -> I
     Raises:
         OSError: the command cannot be started.
     """
+    from gguf_mixed.atomic_file import held as locks  # here, since the launcher has no packages
+
     program = _find(command[0])
     watched, held = os.pipe()
     try:
         launcher = [sys.executable, "-I", "-S", __file__, str(watched), program, *command[1:]]
-        process = subprocess.Popen(launcher, pass_fds=[watched], start_new_session=True, **options)
+        process = subprocess.Popen(launcher, pass_fds=[watched, *locks()], start_new_session=True, **options)
     except BaseException:
         os.close(held)
         raise
@@ -96,6 +100,8 @@ def _watch(watched: int, session: int) -> None:
     null = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
         os.dup2(null, stream)
+    os.closerange(3, watched)
+    os.closerange(watched + 1, os.sysconf("SC_OPEN_MAX"))
     if os.read(watched, 1) != _ENDED:
         os.killpg(session, signal.SIGKILL)
 

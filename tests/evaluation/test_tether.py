@@ -1,5 +1,7 @@
 """Programs that are started for a measurement end with it, also when the measuring process is killed."""
 
+import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from gguf_mixed.atomic_file import exclusive, held
 from gguf_mixed.tether import spawn
 
 CLIENT = Path(__file__).with_name("killed_client.py")
@@ -104,3 +107,25 @@ def test_what_cannot_be_started(tmp_path):
     with spawn([str(tmp_path / "text")], stderr=subprocess.PIPE, text=True) as process:
         assert process.wait() == 1
         assert process.stderr.read() == f"{tmp_path / 'text'}: Exec format error\n"
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="reads Linux's /proc")
+def test_the_program_holds_what_this_process_locks(tmp_path):
+    """So that no other run begins while that of a killed one still writes; its watcher does not."""
+    with exclusive(tmp_path / "file") as partial, spawn(["sleep", "60"]) as process:
+        deadline = time.monotonic() + SECONDS
+        while (holders := holding(partial)) != {process.pid, os.getpid()} and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert holders == {process.pid, os.getpid()}
+        partial.unlink()
+    assert held() == ()
+
+
+def holding(file: Path) -> set[int]:
+    """Processes that have a file open; some may be gone while this looks."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if str(path.readlink()) == str(file):
+                found.add(int(path.parts[2]))
+    return found
