@@ -166,7 +166,7 @@ def serving(folder: Path, *imported: str) -> Iterator[Server]:
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, and every empty folder. Of results, what was measured, and not in which time."""
     while True:
-        with suppress(FileNotFoundError):  # a killed run's watcher removes something meanwhile
+        with contextlib.suppress(FileNotFoundError):  # a killed run's watcher removes something meanwhile
             return _snapshot(folder)
 
 
