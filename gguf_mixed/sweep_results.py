@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gguf_mixed import strict_json
-from gguf_mixed.atomic_file import write_file
+from gguf_mixed.atomic_file import PARTIAL, refusals, write_file
 from gguf_mixed.errors import InputError
 from gguf_mixed.identity import first_difference
 
@@ -54,12 +54,15 @@ def open_results(folder: Path, inputs: Mapping[str, Any], evaluation: Mapping[st
     """The results in a folder, empty where there are none yet.
 
     Args:
+        folder: held by the caller.
         inputs, evaluation: of this run. Without an evaluation, earlier measurements are kept.
 
     Raises:
         InputError: not such a file, or results of other inputs.
     """
     path = folder / FILE_NAME
+    with refusals(path):  # what a run that was killed in its last save has left: nothing else would remove it
+        path.with_name(path.name + PARTIAL).unlink(missing_ok=True)
     if not path.exists():
         return Results(path, inputs, evaluation)
     try:

@@ -269,8 +269,10 @@ class Campaign:
 
 def check_same(found: Files, expected: Files, told: str = "") -> None:
     """Assert that two folders hold the same, and say what differs instead of printing it."""
-    assert sorted(found.keys() ^ expected.keys()) == [], told
-    assert [name for name in expected if found[name] != expected[name]] == [], told
+    others = sorted(found.keys() ^ expected.keys())
+    assert not others, (others, told)
+    differing = [name for name in expected if found[name] != expected[name]]
+    assert not differing, (differing, told)
 
 
 def check_unfinished(case: Case, folder: Path, expected: Files, told: str) -> None:
