@@ -5,10 +5,10 @@ Figures are made with the classes that make them for users, of numbers given her
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
+import in_process
 import numpy as np
 import pytest
 import yaml
@@ -26,11 +26,10 @@ from vllm_gemma4q.evaluation.windows import Framing, Window
 from vllm_gemma4q.quark_int8 import quantize
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "small_gemma4" / "dense"
-GEMMA4Q = Path(sys.executable).with_name("gemma4q")
 
 
-def card(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([GEMMA4Q, "card", *map(str, arguments)], capture_output=True, text=True, check=False)
+def card(*arguments: object) -> "CompletedProcess[str]":
+    return in_process.gemma4q("card", *arguments)
 
 
 @pytest.fixture(scope="module")

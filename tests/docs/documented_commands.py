@@ -34,7 +34,7 @@ ON_A_SMALL_MODEL = {
     "gemma4q bench": "gemma4q bench --quick",
     "doctor gemma-4-31B-int8 -tp 4": "doctor gemma-4-31B-int8 -tp 2",
 }
-LENGTH = 30_000  # characters of a text
+LENGTH = 15_000  # characters of a text
 # What another test or nothing here can run, and why.
 NOT_RUN = {
     r"make \w+": "what CI and a newcomer run from a clean clone",

@@ -1,8 +1,6 @@
 """`gemma4q quantize --scheme exl3` as users run it: options, JSON, refusals in one line, kills on the way."""
 
 import json
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +10,7 @@ import torch
 from exl3_runs import FULL, LAYER, SLIDING, load, run, tiny_config, write_hessians
 from made_statistics import write_for
 from safetensors.torch import save_file
-from synthetic import write_checkpoint, write_json
+from synthetic import write_checkpoint
 
 from vllm_gemma4q.checkpoint import open_checkpoint
 from vllm_gemma4q.cli import main
@@ -20,7 +18,6 @@ from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.exl3.quantize import Options, plan
 
 GEMMA4Q = Path(sys.executable).with_name("gemma4q")
-KILLED = Path(__file__).parents[1] / "killed_command.py"
 EXL3 = ["--scheme", "exl3", "--bits", "3.5"]
 
 
@@ -161,34 +158,3 @@ def test_other_statistics_do_not_resume(made, tmp_path):
     ]
     assert all(one != other for index, one in enumerate(identities) for other in identities[:index])
     assert plan(source, Options(4), None).identity() == identities[0]
-
-
-@pytest.mark.slow
-def test_killed_and_resumed_is_byte_identical(tmp_path):
-    """18 tensors that stay, a layer with 37 reports of progress, a head with four."""
-
-    def content(folder):
-        files = {path.name: path.read_bytes() for path in folder.iterdir()}
-        found = json.loads(files.pop("gemma4q-manifest.json"))
-        del found["command"]
-        return files, found
-
-    source = write_checkpoint(tmp_path / "source", tiny_config(FULL))
-    write_hessians(source, tmp_path / "hessians")
-    options = [*EXL3, "--statistics", tmp_path / "hessians", "--head-bits", "4"]
-    whole = subprocess.run(
-        [GEMMA4Q, "quantize", source, tmp_path / "whole", *options, "--json"], capture_output=True, check=True
-    )
-    report = json.loads(whole.stdout)
-    assert 0 < report["bits"]["mlp"]["nmse"] < 1
-    rest = ["quantize", source, tmp_path / "target", *options]
-    for files in (1, 2):  # killed in the layer; then, resumed with one report for the first file, in the head
-        killed = subprocess.run([sys.executable, KILLED, "40", *rest], check=False, capture_output=True)
-        assert killed.returncode == -signal.SIGKILL, killed.stderr
-        assert not (tmp_path / "target" / "config.json").exists()
-        assert len(list((tmp_path / "target").glob("*.safetensors"))) == files
-    subprocess.run([sys.executable, KILLED, "0", *rest], check=True, capture_output=True)
-    assert content(tmp_path / "target") == content(tmp_path / "whole")
-    write_json(tmp_path / "target" / "note.json", {})  # a finished target is left alone
-    again = subprocess.run([sys.executable, KILLED, "0", *rest], check=True, capture_output=True, text=True)
-    assert "already complete: nothing to do" in again.stdout

@@ -1,7 +1,6 @@
 """`gemma4q quantize --scheme fp8-static` as users run it: options, JSON, refusals in one line, kills on the way."""
 
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,6 @@ from synthetic import small_config, write_checkpoint
 from vllm_gemma4q.fp8_static.inputs import UNREACHED
 
 GEMMA4Q = Path(sys.executable).with_name("gemma4q")
-KILLED = Path(__file__).parents[1] / "killed_command.py"
 OPTIONS = ["--scheme", "fp8-static", "--statistics"]
 
 
@@ -70,23 +68,3 @@ def test_refusals_are_one_line(made, tmp_path, options, message):
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "target").exists()
-
-
-def test_killed_and_resumed_is_byte_identical(made, tmp_path):
-    def content(folder):
-        files = {path.name: path.read_bytes() for path in folder.iterdir()}
-        manifest = json.loads(files.pop("gemma4q-manifest.json"))
-        del manifest["command"]
-        return files, manifest
-
-    options = [*OPTIONS, made / "statistics", "--max-shard-size", "60kB"]
-    gemma4q(made / "source", tmp_path / "whole", *options)
-    command = [sys.executable, KILLED, "30", "quantize", made / "source", tmp_path / "target", *options]
-    killed = 0
-    while (result := subprocess.run(command, check=False, capture_output=True)).returncode == -signal.SIGKILL:
-        killed += 1
-        assert not (tmp_path / "target" / "config.json").exists()
-        command[2] = str(30 + 40 * killed)
-    assert result.returncode == 0, result.stderr
-    assert killed >= 2
-    assert content(tmp_path / "target") == content(tmp_path / "whole")

@@ -1,21 +1,15 @@
-"""`gemma4q restore` as users run it: listing, JSON, refusals in one line, kills on the way."""
+"""`gemma4q restore` as users run it: listing, JSON, refusals in one line. tests/crash kills it."""
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
+import in_process
 import pytest
 from damage import change_quantization, load, quantize_towers, same, store
 
-GEMMA4Q = Path(sys.executable).with_name("gemma4q")
-KILLED = Path(__file__).parents[1] / "killed_command.py"
-
 
 def gemma4q(*arguments, code=0):
-    result = subprocess.run([GEMMA4Q, *arguments], capture_output=True, text=True, check=False)
+    result = in_process.gemma4q(*arguments)
     assert result.returncode == code, result.stderr
     return result
 
@@ -84,22 +78,3 @@ def test_target_in_the_base_is_refused(sound, damaged, tmp_path, target):
 def test_swapped_arguments_are_refused(sound, damaged, tmp_path):
     error = gemma4q("restore", sound / "base", damaged, tmp_path / "target", code=2).stderr
     assert error == "error: config.json: got no quantization_config, expected a quantized checkpoint\n"
-
-
-def test_killed_and_resumed_is_byte_identical(sound, damaged, tmp_path):
-    def content(folder):
-        files = {path.name: path.read_bytes() for path in folder.iterdir()}
-        del files["gemma4q-manifest.json"]  # holds the command
-        return files
-
-    options = ["--max-shard-size", "60kB"]
-    gemma4q("restore", damaged, sound / "base", tmp_path / "whole", *options)
-    killed = 0
-    command = [sys.executable, KILLED, "25", "restore", damaged, sound / "base", tmp_path / "target", *options]
-    while (result := subprocess.run(command, check=False, capture_output=True)).returncode == -signal.SIGKILL:
-        killed += 1
-        assert not (tmp_path / "target" / "config.json").exists()
-        command[2] = str(25 + 25 * killed)
-    assert result.returncode == 0, result.stderr
-    assert killed >= 2
-    assert content(tmp_path / "target") == content(tmp_path / "whole")

@@ -1,18 +1,22 @@
-"""Ask real vLLM engines on this machine's CPU, in a process of their own.
+"""Ask real vLLM engines on this machine's CPU, in processes of their own.
 
-`ask` starts vLLM on one checkpoint as `vllm serve` does, with an engine core and workers of their own: 20 to 35 s.
-`ask_all` runs several checkpoints one after the other within one process, which takes about 5 s each.
-Both return full-vocabulary log-probabilities of prompts, greedy continuations and answers about pictures.
+`ask` starts vLLM on one checkpoint as `vllm serve` does, with an engine core and workers of their own: 20 to 50 s.
+`ask_all` runs several checkpoints one after the other within one process, `ask_ranks` within one a rank, which takes
+about 5 s each.
+All return full-vocabulary log-probabilities of prompts, greedy continuations and answers about pictures.
 `divergence` compares two engines' log-probabilities.
 """
 
 import base64
+import contextlib
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,16 +79,29 @@ def ask(request: Request) -> Answers:
     Raises:
         EngineError: it did not come up or died.
     """
-    return _run([request], {}, request.engine)[0]
+    ranks = request.engine.get("tensor_parallel_size", 1)
+    return _run([request], [engine_environment(ranks)], {})[0]
 
 
 def ask_all(requests: Sequence[Request]) -> list[Answers]:
-    """Start one engine after the other in a single process (no tensor parallelism) and ask each.
+    """Start one engine after the other in a single process and ask each.
 
     Raises:
         EngineError: one of them did not come up or died.
     """
-    return _run(requests, IN_PROCESS, {"distributed_executor_backend": "uni"})
+    return _run(requests, [engine_environment() | IN_PROCESS], {"distributed_executor_backend": "uni"})
+
+
+def ask_ranks(requests: Sequence[Request], ranks: int = 2) -> list[Answers]:
+    """Start one engine after the other, each over the same `ranks` processes, as torchrun does, and ask each.
+
+    Raises:
+        EngineError: one of them did not come up or died.
+    """
+    settings = {"tensor_parallel_size": ranks, "distributed_executor_backend": "external_launcher"}
+    shared = engine_environment() | IN_PROCESS | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORTS": " ".join(map(str, _free_ports(len(requests)))), "OMP_NUM_THREADS": "1"}
+    return _run(requests, [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)], settings)
 
 
 def engine_environment(tensor_parallel_size: int = 1) -> dict[str, str]:
@@ -100,27 +117,44 @@ def engine_environment(tensor_parallel_size: int = 1) -> dict[str, str]:
     }
 
 
-def _run(requests: Sequence[Request], env: dict[str, str], engine: dict[str, Any]) -> list[Answers]:
-    environment = engine_environment(engine.get("tensor_parallel_size", 1)) | env
-    with tempfile.TemporaryDirectory() as folder:
-        requests_path, answers_path = Path(folder, "requests.json"), Path(folder, "answers.npz")
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def _run(requests: Sequence[Request], environments: Sequence[dict[str, str]], engine: dict[str, Any]) -> list[Answers]:
+    """What the first of some processes answers, one an environment, all with the same requests."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        requests_path = Path(folder, "requests.json")
         requests_path.write_text(json.dumps([_to_json(request, engine) for request in requests]))
-        command = [sys.executable, str(PROCESS), str(requests_path), str(answers_path)]
-        done = subprocess.run(
-            command,
-            env=environment,
-            cwd=folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=TIMEOUT_SECONDS,
-            check=False,
-        )
-        if done.returncode != 0:
-            raise EngineError(done.stdout)
-        arrays = np.load(answers_path)
-        logs = done.stdout.split(SECTION)[1:]
+        processes = []
+        for rank, environment in enumerate(environments):
+            command = [sys.executable, str(PROCESS), str(requests_path), str(Path(folder, f"{rank}.npz"))]
+            log = stack.enter_context(Path(folder, f"{rank}.log").open("wb"))
+            process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+            stack.callback(process.kill)
+            processes.append(process)
+        _wait(processes)
+        printed = [Path(folder, f"{rank}.log").read_text(errors="replace") for rank in range(len(processes))]
+        if any(process.poll() != 0 for process in processes):
+            raise EngineError("\n".join(printed))
+        arrays = np.load(Path(folder, "0.npz"))
+        logs = printed[0].split(SECTION)[1:]
         return [_answers(index, request, arrays, logs[index]) for index, request in enumerate(requests)]
+
+
+def _wait(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
+    """Until all have ended, or one of them badly: the others would wait for it."""
+    deadline = time.monotonic() + TIMEOUT_SECONDS
+    while any(process.poll() is None for process in processes):
+        if any(process.poll() for process in processes):
+            return
+        if time.monotonic() > deadline:
+            raise subprocess.TimeoutExpired(processes[0].args, TIMEOUT_SECONDS)
+        time.sleep(0.1)
 
 
 def _to_json(request: Request, engine: dict[str, Any]) -> dict[str, Any]:
@@ -131,6 +165,7 @@ def _to_json(request: Request, engine: dict[str, Any]) -> dict[str, Any]:
         "max_num_seqs": 16,
         "max_logprobs": -1,
         "enable_prefix_caching": False,
+        "num_gpu_blocks_override": 256,  # else a gigabyte of zeros an engine
         "limit_mm_per_prompt": {"image": 1, "video": 0, "audio": 0},
     }
     return {

@@ -1,6 +1,8 @@
 """Run vLLM engines on a CPU, one after the other: read requests as JSON, write arrays and answers. See `engine.py`.
 
 python engine_process.py REQUESTS.json ANSWERS.npz
+
+One of several ranks has RANK, WORLD_SIZE and MASTER_ADDR as torch wants them, and in MASTER_PORTS a port an engine.
 """
 
 import gc
@@ -17,7 +19,10 @@ import numpy as np
 def main(requests_path: str, answers_path: str) -> None:
     collect = only_ours()
     arrays: dict[str, np.ndarray] = {}
+    ports = os.environ.get("MASTER_PORTS", "").split()
     for index, request in enumerate(json.loads(Path(requests_path).read_text())):
+        if ports:
+            os.environ["MASTER_PORT"] = ports[index]
         print(f"\n### engine {index}: {request['engine']['model']}", flush=True)
         arrays |= {f"{index}/{name}": array for name, array in answer(request).items()}
         collect()

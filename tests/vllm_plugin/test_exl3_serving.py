@@ -6,14 +6,13 @@ run one after the other in one process; see `engine.py`.
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from tolerances import EXL3_SERVED, EXL3_SERVED_BF16
 from vllm_plugin import exl3_checkpoints as exl3
 from vllm_plugin.conftest import Questions
-from vllm_plugin.engine import Answers, Request, ask, ask_all, divergence, engine_environment
+from vllm_plugin.engine import Answers, Request, ask, ask_all, ask_ranks, divergence, engine_environment
 
 from vllm_gemma4q.errors import InputError
 
@@ -100,16 +99,17 @@ def test_the_log_says_what_was_done(answers: dict[str, Answers]) -> None:
     assert log.count("EXL3 on a CPU: weights stay packed") == 1 and DISAGREES not in log
 
 
-@pytest.mark.parametrize(
-    "engine", [{}, {"enable_expert_parallel": True, "enforce_eager": False}], ids=["eager", "experts-compiled"]
-)
+@pytest.mark.parametrize("how", ["eager", "experts-compiled"])
 def test_two_ranks_answer_alike(
-    answers: dict[str, Answers], checkpoints: dict[str, Path], prompts: list[list[int]], engine: dict[str, Any]
+    answers: dict[str, Answers], checkpoints: dict[str, Path], prompts: list[list[int]], how: str
 ) -> None:
     """Heads of 32, layers of 96 and experts of 64: ranks meet within blocks of 128. Then as `vllm serve` compiles."""
-    settings = {"tensor_parallel_size": 2, **FLOAT32, **engine}
-    together = ask(Request(checkpoints["moe/packed"], prompts, engine=settings))
-    assert _difference(answers["moe/decoded"], together, f"two ranks {engine}") <= EXL3_SERVED
+    if how == "eager":
+        (together,) = ask_ranks([Request(checkpoints["moe/packed"], prompts, engine=FLOAT32)])
+    else:
+        served = {"tensor_parallel_size": 2, "enable_expert_parallel": True, "enforce_eager": False}
+        together = ask(Request(checkpoints["moe/packed"], prompts, engine=FLOAT32 | served))
+    assert _difference(answers["moe/decoded"], together, f"two ranks, {how}") <= EXL3_SERVED
     assert together.tokens == answers["moe/packed"].tokens
 
 

@@ -16,7 +16,7 @@ from vllm_plugin import fp8_checkpoints as fp8
 from vllm_plugin import fp8_definition
 from vllm_plugin.checkpoints import Tensors, load, unquantize
 from vllm_plugin.conftest import EXAMPLES, Family, Questions
-from vllm_plugin.engine import Answers, EngineError, Request, ask_all, divergence, engine_environment
+from vllm_plugin.engine import Answers, EngineError, Request, ask_all, ask_ranks, divergence, engine_environment
 
 from vllm_gemma4q.errors import InputError
 
@@ -192,12 +192,19 @@ def test_answers_are_what_the_format_says(
     assert divergence(weight_only, engine).mean_kld > FP8_DEFINITION
 
 
+@pytest.fixture(scope="module")
+def ranks_answers(dense: Family, moe: Family, questions: Questions) -> dict[str, Answers]:
+    """By kind, of two ranks each, in float32."""
+    folders = {"dense": dense.variants["fp8"], "moe": moe.variants["fp8"]}
+    requests = [Request(folder, questions.prompts, engine=FLOAT32) for folder in folders.values()]
+    return dict(zip(folders, ask_ranks(requests), strict=True))
+
+
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_two_ranks_answer_alike(
-    kind: str, request: pytest.FixtureRequest, questions: Questions, ask_with: Callable[..., Answers]
+    kind: str, request: pytest.FixtureRequest, questions: Questions, ranks_answers: dict[str, Answers]
 ) -> None:
-    family, answers = request.getfixturevalue(kind), request.getfixturevalue(f"{kind}_answers")
-    together = ask_with(family.variants["fp8"], tensor_parallel_size=2, **FLOAT32)
+    answers, together = request.getfixturevalue(f"{kind}_answers"), ranks_answers[kind]
     assert together.tokens[len(questions.text) :] == answers["float32"].tokens[len(questions.text) :]
     measured = divergence(answers["float32"], together)
     print(f"{kind}, two ranks: {measured}")

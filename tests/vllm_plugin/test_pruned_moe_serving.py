@@ -16,12 +16,12 @@ from pruned_moe.pruned_checkpoints import NON_UNIFORM, UNIFORM, Kept, masked_log
 from tolerances import FP8_RANKS, MASKED_LOGPROBS, PRUNED_QUANTIZED
 from vllm_plugin import checkpoints, fp8_checkpoints
 from vllm_plugin.conftest import CORRUPTED_EXPERTS, EXAMPLES, Questions
-from vllm_plugin.engine import Answers, EngineError, Request, ask_all, divergence
+from vllm_plugin.engine import Answers, EngineError, Request, ask_all, ask_ranks, divergence
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 FLOAT32 = {"dtype": "float32"}
-RANKS: dict[str, dict[str, bool]] = {"tensor": {}, "expert": {"enable_expert_parallel": True}}
+EXPERT_PARALLEL = {"enable_expert_parallel": True}
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +90,19 @@ def quantized_answers(bf16: dict[str, Path], quantized: dict[str, Path], questio
     return dict(zip([*folders, "fp8_float32"], ask_all(requests), strict=True))
 
 
+@pytest.fixture(scope="module")
+def ranks_answers(bf16: dict[str, Path], quantized: dict[str, Path], questions: Questions) -> dict[str, Answers]:
+    """Of two ranks each."""
+    engines = {
+        "tensor": (bf16["non_uniform"], FLOAT32),
+        "expert": (bf16["non_uniform"], EXPERT_PARALLEL | FLOAT32),
+        "int8_expert": (quantized["int8"], EXPERT_PARALLEL),
+        "fp8_tensor": (quantized["fp8"], FLOAT32),
+    }
+    requests = [Request(folder, questions.prompts, engine=engine) for folder, engine in engines.values()]
+    return dict(zip(engines, ask_ranks(requests), strict=True))
+
+
 def _deviation(one: Answers, other: Answers) -> float:
     """The greatest difference of a log-probability, in nats."""
     pairs = zip(one.logprobs, other.logprobs, strict=True)
@@ -148,38 +161,25 @@ def test_layouts_are_the_same_model(quantized_answers: dict[str, Answers], varia
     assert expected.tokens == got.tokens
 
 
-@pytest.mark.parametrize("parallel", RANKS)
+@pytest.mark.parametrize("parallel", ["tensor", "expert"])
 def test_unquantized_ranks_answer_alike(
-    bf16: dict[str, Path], answers: dict[str, Answers], ask_with: Callable[..., Answers], parallel: str
+    answers: dict[str, Answers], ranks_answers: dict[str, Answers], parallel: str
 ) -> None:
-    together = ask_with(bf16["non_uniform"], tensor_parallel_size=2, **RANKS[parallel], **FLOAT32)
-    deviation = _deviation(answers["non_uniform"], together)
+    deviation = _deviation(answers["non_uniform"], ranks_answers[parallel])
     print(f"{parallel}: {deviation}")
     assert deviation <= MASKED_LOGPROBS
     if parallel == "expert":
-        assert "Local/global number of experts: 5/9" in together.log
+        assert "Local/global number of experts: 5/9" in ranks_answers[parallel].log
 
 
-@pytest.mark.parametrize("parallel", ["expert"])
-def test_int8_ranks_diverge_little(
-    quantized: dict[str, Path],
-    quantized_answers: dict[str, Answers],
-    ask_with: Callable[..., Answers],
-    parallel: str,
+def test_int8_expert_parallel_ranks_diverge_little(
+    quantized_answers: dict[str, Answers], ranks_answers: dict[str, Answers]
 ) -> None:
-    together = ask_with(quantized["int8"], tensor_parallel_size=2, **RANKS[parallel])
-    assert _within(quantized_answers | {parallel: together}, parallel, "int8")
+    assert _within(quantized_answers | ranks_answers, "int8_expert", "int8")
 
 
-@pytest.mark.parametrize("parallel", ["tensor"])
-def test_fp8_ranks_answer_alike(
-    quantized: dict[str, Path],
-    quantized_answers: dict[str, Answers],
-    ask_with: Callable[..., Answers],
-    parallel: str,
-) -> None:
-    together = ask_with(quantized["fp8"], tensor_parallel_size=2, **RANKS[parallel], **FLOAT32)
-    measured = divergence(quantized_answers["fp8_float32"], together)
-    print(f"{parallel}: {measured}")
+def test_fp8_ranks_answer_alike(quantized_answers: dict[str, Answers], ranks_answers: dict[str, Answers]) -> None:
+    measured = divergence(quantized_answers["fp8_float32"], ranks_answers["fp8_tensor"])
+    print(f"tensor: {measured}")
     corrupted = divergence(quantized_answers["fp8_float32"], quantized_answers["fp8_corrupted"])
     assert measured.mean_kld <= FP8_RANKS < corrupted.mean_kld

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from tolerances import QUARK_INT8_DIVERGENCE
 from vllm_plugin.conftest import Family, Questions
-from vllm_plugin.engine import Answers, divergence
+from vllm_plugin.engine import Answers, Request, ask_ranks, divergence
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -68,33 +68,36 @@ def test_a_wrong_exclude_list_is_reported(dense_answers: dict[str, Answers]) -> 
 
 
 def test_an_output_layer_in_int8_on_demand(
-    dense: Family,
-    dense_answers: dict[str, Answers],
-    ask_with: Callable[..., Answers],
-    monkeypatch: pytest.MonkeyPatch,
+    dense: Family, dense_answers: dict[str, Answers], questions: Questions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GEMMA4Q_INT8_LM_HEAD", "1")
-    got = ask_with(dense.variants["int8"], tensor_parallel_size=2)
+    (got,) = ask_ranks([Request(dense.variants["int8"], questions.prompts)])
     assert _within(dense_answers | {"int8 head": got}, "int8 head", QUARK_INT8_DIVERGENCE["dense"])
     assert any((a != b).any() for a, b in zip(got.logprobs, dense_answers["int8"].logprobs, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_two_ranks_answer_alike(
-    kind: str, request: pytest.FixtureRequest, questions: Questions, ask_with: Callable[..., Answers]
-) -> None:
-    family: Family = request.getfixturevalue(kind)
-    answers: dict[str, Answers] = request.getfixturevalue(f"{kind}_answers")
-    together = ask_with(family.variants["int8"], tensor_parallel_size=2)
+def _assert_alike(answers: dict[str, Answers], together: Answers, questions: Questions, kind: str) -> None:
     assert together.tokens[len(questions.text) :] == answers["int8"].tokens[len(questions.text) :]
     assert _within(answers | {"two ranks": together}, "two ranks", QUARK_INT8_DIVERGENCE[kind])
 
 
-def test_expert_parallel_ranks_diverge_little(
-    moe: Family, moe_answers: dict[str, Answers], ask_with: Callable[..., Answers]
+def test_two_ranks_answer_alike(
+    dense: Family, dense_answers: dict[str, Answers], questions: Questions, ask_with: Callable[..., Answers]
 ) -> None:
-    together = ask_with(moe.variants["int8"], tensor_parallel_size=2, enable_expert_parallel=True)
-    assert _within(moe_answers | {"expert parallel": together}, "expert parallel", QUARK_INT8_DIVERGENCE["moe"])
+    """In vLLM's usual processes."""
+    together = ask_with(dense.variants["int8"], tensor_parallel_size=2)
+    _assert_alike(dense_answers, together, questions, "dense")
+
+
+def test_two_ranks_with_experts_answer_alike(
+    moe: Family, moe_answers: dict[str, Answers], questions: Questions
+) -> None:
+    """Each expert on both ranks, then half of the experts on each."""
+    folder = moe.variants["int8"]
+    expert_parallel = Request(folder, questions.prompts, engine={"enable_expert_parallel": True})
+    together, apart = ask_ranks([Request(folder, questions.prompts), expert_parallel])
+    _assert_alike(moe_answers, together, questions, "moe")
+    assert _within(moe_answers | {"expert parallel": apart}, "expert parallel", QUARK_INT8_DIVERGENCE["moe"])
 
 
 def test_compiled_graphs_diverge_little(
