@@ -61,8 +61,6 @@ def open_results(folder: Path, inputs: Mapping[str, Any], evaluation: Mapping[st
         InputError: not such a file, or results of other inputs.
     """
     path = folder / FILE_NAME
-    with refusals(path):  # what a run that was killed in its last save has left: nothing else would remove it
-        path.with_name(path.name + PARTIAL).unlink(missing_ok=True)
     if not path.exists():
         return Results(path, inputs, evaluation)
     try:
@@ -81,6 +79,8 @@ def open_results(folder: Path, inputs: Mapping[str, Any], evaluation: Mapping[st
         known.evaluation = evaluation
     elif evaluation is not None:
         _check_same(path, known.evaluation, evaluation)
+    with refusals(path):  # what a run that was killed in its last save has left: nothing else would remove it
+        path.with_name(path.name + PARTIAL).unlink(missing_ok=True)
     return known
 
 

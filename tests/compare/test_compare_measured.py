@@ -72,6 +72,7 @@ def ggufs(folder):
 
 @pytest.mark.engine
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_vllm_processes")
 def test_vllm_and_llama_perplexity_in_one_table(compare, run, folder, text, int8, ggufs):
     """The example runs vLLM and compares; llama-perplexity's figures are added to its result."""
     source = folder / "dense"

@@ -34,7 +34,8 @@ ON_A_SMALL_MODEL = {
     "gemma4q bench": "gemma4q bench --quick",
     "doctor gemma-4-31B-int8 -tp 4": "doctor gemma-4-31B-int8 -tp 2",
 }
-LENGTH = 15_000  # characters of a text
+# Characters of each text.
+TEXTS = {"calibration": 30_000, "held-out": 12_000, "code": 12_000, "math": 12_000, "chat": 12_000}
 # What another test or nothing here can run, and why.
 NOT_RUN = {
     r"make \w+": "what CI and a newcomer run from a clean clone",
@@ -87,8 +88,9 @@ def prepare(folder: Path, text: str, convert: Callable[[str], Path]) -> None:
     shutil.copytree(SMALL / "dense", folder / "gemma-4-31B-it")
     shutil.copytree(SMALL / "moe", folder / "gemma-4-26B-A4B-it")
     (folder / "gemma-4-31B.gguf").symlink_to(convert("dense"))
-    for number, name in enumerate(("calibration", "held-out", "code", "math", "chat")):
-        (folder / f"{name}.txt").write_text(text[number * LENGTH : (number + 1) * LENGTH])
+    for name, length in TEXTS.items():
+        (folder / f"{name}.txt").write_text(text[:length])
+        text = text[length:]
     for split, numbers in (("test", range(3)), ("train", range(3, 11))):
         lines = [
             json.dumps({"question": f"What is {n} + {n}?", "answer": f"{n} + {n} = {2 * n}\n#### {2 * n}"})

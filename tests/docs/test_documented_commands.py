@@ -15,8 +15,7 @@ from docs.documented_commands import NOT_RUN, ON_A_SMALL_MODEL, PAGES, Line, dam
 
 LINES = documented_lines()
 BIN = Path(sys.executable).parent
-# Fewer processes, each of which imports vLLM for 10 s, and graphs that are traced but not compiled.
-QUICK_VLLM = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_CI_ENV": "1"}
+QUICK_VLLM = {"VLLM_CPU_CI_ENV": "1"}  # graphs are traced, not compiled
 
 
 def run(folder: Path, command: str) -> "subprocess.CompletedProcess[str]":
@@ -28,6 +27,7 @@ def run(folder: Path, command: str) -> "subprocess.CompletedProcess[str]":
 
 @pytest.mark.slow
 @pytest.mark.engine
+@pytest.mark.usefixtures("few_vllm_processes")
 @pytest.mark.parametrize("line", LINES, ids=lambda line: f"{line.page}: {line.text[:60]}")
 def test_runs_as_printed(line: Line, reader_folder: Path) -> None:
     command = line.on_small_model

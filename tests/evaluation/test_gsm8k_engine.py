@@ -26,7 +26,7 @@ FLAGS = ("--enforce-eager", "--dtype", "float32", "--max-model-len", "4096", "--
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory):
+def url(few_vllm_processes, tmp_path_factory):
     """Of the server that a run on a checkpoint folder starts for itself."""
     log = tmp_path_factory.mktemp("server") / "vllm.log"
     with checkpoint_folder(DENSE, FLAGS, Patience()).reached(log) as endpoint:

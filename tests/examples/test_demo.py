@@ -20,6 +20,7 @@ def run_demo(folder, model, *arguments):
 
 @pytest.mark.slow
 @pytest.mark.engine
+@pytest.mark.usefixtures("few_vllm_processes")
 @pytest.mark.parametrize("model", ["dense", "moe"])
 def test_int8(tmp_path, model):
     result = run_demo(tmp_path, SMALL_MODELS / model, "--part", "int8")

@@ -165,7 +165,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def served(small: Path) -> Iterator[str]:
+def served(small: Path, few_vllm_processes: None) -> Iterator[str]:
     """The script, left running until vLLM answers; the URL."""
     port, log = server._free_port(), small / "serve.log"
     flags = ["--port", str(port), "--max-model-len", "512", "--enforce-eager", "--served-model-name", server.MODEL_NAME]

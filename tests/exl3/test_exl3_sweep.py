@@ -28,6 +28,7 @@ def folder(tmp_path):
 
 @pytest.mark.engine
 @pytest.mark.slow
+@pytest.mark.usefixtures("few_vllm_processes")
 def test_a_sweep(folder):
     """Attention at 5 bits, the rest at 4; the output layer left alone, which is most of so small a model."""
     wanted = ["--bits", "4.2", "--head-bits", "16", "--no-hessian", "--framing", "raw", "--context", "128"]

@@ -1,11 +1,9 @@
 """Prunes killed and resumed: the same bytes as in one go. And how much memory one takes."""
 
 import json
-import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -51,22 +49,6 @@ def test_killed_again_and_again_and_resumed_is_byte_identical(tmp_path, drop_map
     assert len(finished) >= 2
     assert finished == sorted(set(finished))
     assert content(tmp_path / "target") == content(tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments(tmp_path, drop_map):
-    """From outside, at fifteen moments of its life, metadata and manifest included."""
-    generator, started = random.Random(0), time.perf_counter()
-    subprocess.run(command(tmp_path / "whole", drop_map), check=True, stdout=subprocess.DEVNULL)
-    duration = time.perf_counter() - started
-    for attempt in range(15):
-        line = command(tmp_path / str(attempt), drop_map)
-        process = subprocess.Popen(line, stdout=subprocess.DEVNULL)
-        time.sleep(duration * generator.uniform(0.6, 1.0))
-        process.kill()
-        process.wait()
-        subprocess.run(line, check=True, stdout=subprocess.DEVNULL)
-        assert content(tmp_path / str(attempt)) == content(tmp_path / "whole")
 
 
 def test_another_map_or_option_does_not_resume(tmp_path, drop_map):

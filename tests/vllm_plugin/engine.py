@@ -80,7 +80,7 @@ def ask(request: Request) -> Answers:
         EngineError: it did not come up or died.
     """
     ranks = request.engine.get("tensor_parallel_size", 1)
-    return _run([request], [engine_environment(ranks)], {})[0]
+    return _run([request], [engine_environment(ranks) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}], {})[0]
 
 
 def ask_all(requests: Sequence[Request]) -> list[Answers]:
