@@ -32,6 +32,9 @@ ON_A_SMALL_MODEL = {
     "-tp 4 --vram 24GiB": "-tp 2 --vram 24GiB",
     "--context 8K": "--context 2K",
     "gemma4q bench": "gemma4q bench --quick",
+    "--chunks 16": "--chunks 8",
+    "gemma-4-31B.gguf gemma-4-31B-13GiB.gguf --text": "gemma-4-31B.gguf gemma-4-31B-13GiB.gguf --chunks 8 --text",
+    "--sensitivity fisher.safetensors --text": "--sensitivity fisher.safetensors --chunks 8 --text",
     "doctor gemma-4-31B-int8 -tp 4": "doctor gemma-4-31B-int8 -tp 2",
 }
 # Characters of each text.
