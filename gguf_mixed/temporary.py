@@ -17,7 +17,8 @@ from uuid import uuid4
 
 from gguf_mixed.atomic_file import refusals
 
-_NAME = 12  # random letters; paths of sockets in the folder must be short
+_PREFIX, _RANDOM = "gemma4q-", 12
+NAME_LENGTH = len(_PREFIX) + _RANDOM  # of a folder by `temporary_folder`: paths of sockets in it must be short
 _SHELL = "/bin/sh"
 _WATCH = 'read -r ended || for second in 1 2 3 4 5 6 7 8 9; do rm -rf -- "$1" && break; sleep 1; done'
 
@@ -44,7 +45,7 @@ def removed_if_killed(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def temporary_folder(prefix: str = "gemma4q-", place: Path | None = None) -> Iterator[Path]:
+def temporary_folder(prefix: str = _PREFIX, place: Path | None = None) -> Iterator[Path]:
     """An empty folder that is gone after the block.
 
     Args:
@@ -53,7 +54,7 @@ def temporary_folder(prefix: str = "gemma4q-", place: Path | None = None) -> Ite
     Raises:
         WriteError: it cannot be made.
     """
-    folder = (place or Path(tempfile.gettempdir())) / f"{prefix}{uuid4().hex[:_NAME]}"
+    folder = (place or Path(tempfile.gettempdir())) / f"{prefix}{uuid4().hex[:_RANDOM]}"
     with removed_if_killed(folder):  # before it is there, so that it is never without
         with refusals(folder):
             folder.mkdir(mode=0o700)

@@ -1,5 +1,6 @@
 """What all crash tests share: inputs, a chat server, and a process that forks runs of both commands."""
 
+import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,16 +21,23 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_inputs(tmp_path_factory.mktemp("crash"))
 
 
+@contextlib.contextmanager
+def short_folder() -> Iterator[Path]:
+    """With a name that leaves room for that of a socket: else the temporary files of runs are elsewhere."""
+    with tempfile.TemporaryDirectory(prefix="crash-") as folder:
+        yield Path(folder)
+
+
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("server"), *ALL) as server:
+def server() -> Iterator[Server]:
+    with short_folder() as folder, serving(folder, *ALL) as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def light_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def light_server() -> Iterator[Server]:
     """For few runs: nothing is imported that they may not need."""
-    with serving(tmp_path_factory.mktemp("light"), "vllm_gemma4q.commands.quantize", "gguf_mixed.cli") as server:
+    with short_folder() as folder, serving(folder, "vllm_gemma4q.commands.quantize", "gguf_mixed.cli") as server:
         yield server
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from gguf_mixed.atomic_file import WriteError
 from gguf_mixed.temporary import removed_if_killed, temporary_folder
+from vllm_gemma4q.evaluation.server import engine_environment, engine_folder
 
 # Makes a folder and a log, fills them, says so, and waits.
 CLIENT = """
@@ -65,3 +67,17 @@ def test_at_the_end_of_the_block(tmp_path):
 def test_a_place_that_is_not_there(tmp_path):
     with pytest.raises(WriteError, match="cannot be written: No such file"), temporary_folder(place=tmp_path / "no"):
         pass
+
+
+def test_sockets_of_vllm_have_room(tmp_path, monkeypatch):
+    """Unix allows 107 characters; a socket in the folder has 37 of them. So a long place is not the folder's."""
+    long = tmp_path / ("x" * 50)
+    long.mkdir()
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        for place, chosen in ((short, short), (long, "/tmp")):
+            monkeypatch.setattr(tempfile, "tempdir", str(place))
+            with engine_folder() as folder:
+                assert len(str(folder)) + 37 <= 107
+                assert folder.parent == Path(chosen)
+                assert engine_environment(folder)["TMPDIR"] == str(folder)
+            assert not folder.exists()

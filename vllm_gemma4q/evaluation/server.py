@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gguf_mixed.temporary import temporary_folder
+from gguf_mixed.temporary import NAME_LENGTH, temporary_folder
 from gguf_mixed.tether import spawn
 from vllm_gemma4q.errors import InputError
 
@@ -28,6 +28,7 @@ _STARTUP = "Engine core initialization failed"  # names no reason
 # On a CPU, vLLM would reserve most of the machine's memory for the KV cache. A user's own setting wins.
 CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 _LONGEST_FOLDER = 70  # characters: Unix allows 107 for a socket, whose own name has 37
+_SHORT = Path("/tmp")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def serve(checkpoint: Path, flags: Sequence[str], log: Path) -> Iterator[Server]
     port = _free_port()
     command = ("vllm", "serve", str(checkpoint), "--port", str(port), "--served-model-name", MODEL_NAME, *flags)
     with (
-        temporary_folder() as folder,
+        engine_folder() as folder,
         log.open("wb") as output,
         spawn(
             [_vllm(), *command[1:]],
@@ -68,8 +69,20 @@ def serve(checkpoint: Path, flags: Sequence[str], log: Path) -> Iterator[Server]
         yield Server(f"http://127.0.0.1:{port}/v1", command, log)
 
 
+@contextlib.contextmanager
+def engine_folder() -> Iterator[Path]:
+    """A folder for what vLLM's processes leave where they are killed, sockets and more; gone after the block.
+
+    In /tmp where the system's own temporary folder has too long a name for sockets.
+    """
+    place = Path(tempfile.gettempdir())
+    too_long = len(str(place)) + 1 + NAME_LENGTH > _LONGEST_FOLDER
+    with temporary_folder(place=_SHORT if too_long and os.access(_SHORT, os.W_OK) else place) as folder:
+        yield folder
+
+
 def engine_environment(folder: Path) -> dict[str, str]:
-    """Of vLLM's processes. A killed vLLM leaves sockets and more: in `folder`, unless their names get too long there.
+    """Of vLLM's processes, whose temporary files are in `folder`, unless its name is too long for sockets.
 
     What torch compiles lies in the system's folder for temporary files, to be used again.
     """

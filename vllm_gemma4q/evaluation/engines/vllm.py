@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from gguf_mixed.temporary import temporary_folder
 from gguf_mixed.tether import spawn
 from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.evaluation.engines.interface import Scores, Windows, all_windows, perplexities
-from vllm_gemma4q.evaluation.server import engine_environment, last_error
+from vllm_gemma4q.evaluation.server import engine_environment, engine_folder, last_error
 from vllm_gemma4q.evaluation.windows import Window
 
 _RECORDER = "vllm_gemma4q.evaluation.engines.vllm_recorder.Recorder"
@@ -51,7 +50,7 @@ class VLLM:
             "windows": [[list(window.tokens), window.first, window.last] for window in all_windows(windows)],
             "distributions": None if distributions is None else str(distributions.resolve()),
         }
-        with temporary_folder() as folder:
+        with engine_folder() as folder:
             asked, answered = folder / "request.json", folder / "answer.npz"
             asked.write_text(json.dumps(request))
             code = _run([sys.executable, "-m", _PROCESS, str(asked), str(answered)], log, folder)
