@@ -12,8 +12,8 @@ PARALLEL ?= -n 2 --dist loadfile
 help:
 	@echo "make demo [MODEL=folder]  quantize a Gemma 4 to INT8 and serve it, and to GGUF; report"
 	@echo "          [PART=gguf]     one half of it: int8 or gguf"
-	@echo "make test                 the tests (about 8 minutes on 2 cores)"
-	@echo "make test-slow            the tests that take longer"
+	@echo "make test                 the tests (about 10 minutes on 2 cores)"
+	@echo "make test-slow            the tests that take longer (about 50 minutes)"
 	@echo "make test-gpu             the kernels on a CUDA or ROCm GPU"
 	@echo "make lint                 ruff, mypy, typos"
 	@echo "make benchmark            the quantizer beside AMD Quark and a plain copy"

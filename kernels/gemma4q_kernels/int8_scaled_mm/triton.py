@@ -98,7 +98,8 @@ def scaled_mm_kernel(
         w_base += BLOCK_K
     if not EVEN_K:
         # The remainder on its own: masks inside the loop cost half again as many registers, and spills on gfx1100.
-        inside_k = offsets_k < (end_k - start_k) % BLOCK_K
+        # Not by %, of which Triton before 3.9 does not see that it is a multiple of 16: it would load byte by byte.
+        inside_k = offsets_k < end_k - start_k - (end_k - start_k) // BLOCK_K * BLOCK_K
         x = tl.load(x_base + x_offsets, mask=inside_k[None, :], other=0)
         w = tl.load(w_base + w_offsets, mask=inside_k[:, None], other=0)
         accumulator = tl.dot(x, w, accumulator, out_dtype=tl.int32)
