@@ -130,7 +130,7 @@ def _diverge(
 
 @contextmanager
 def engine_log(given: Path | None) -> Iterator[Path]:
-    """Where the engine prints to: a file of the user's, or one that stays only after a failure that names it."""
+    """Where the engine prints to: a file of the user's, or one that stays only after a failure, if anything is in it."""
     if given is not None:
         given.write_bytes(b"")
         yield given
@@ -138,7 +138,12 @@ def engine_log(given: Path | None) -> Iterator[Path]:
     path = Path(tempfile.gettempdir(), f"gemma4q-engine-{os.getpid()}.log")
     with removed_if_killed(path):
         path.write_bytes(b"")
-        yield path
+        try:
+            yield path
+        except BaseException:
+            if path.stat().st_size == 0:
+                path.unlink()
+            raise
         path.unlink()
 
 

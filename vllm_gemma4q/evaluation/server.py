@@ -5,6 +5,7 @@ All its processes end when the block is left, and when this process is gone, kil
 
 import contextlib
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -24,7 +25,8 @@ from vllm_gemma4q.errors import InputError
 MODEL_NAME = "model"
 READY_TIMEOUT_SECONDS = 1800
 _GRACE_SECONDS = 30
-_STARTUP = "Engine core initialization failed"  # names no reason
+_NO_REASON = ("Engine core initialization failed", "EngineDeadError")
+_PROCESS = re.compile(r"^\(\w+ pid=\d+\) (?:[A-Z]+ [\d-]+ [\d:]+ \[[^]]+\] ?)?")  # before what vLLM's processes print
 # On a CPU, vLLM would reserve most of the machine's memory for the KV cache. A user's own setting wins.
 CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 _LONGEST_FOLDER = 70  # characters: Unix allows 107 for a socket, whose own name has 37
@@ -120,9 +122,10 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", port: int, log: Path) 
 
 
 def last_error(log: Path) -> str:
-    """The line of the log that says what went wrong: a traceback's last line, else the log's."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [index for index, line in enumerate(lines) if "Error" in line and not _names_no_reason(line)]
+    """The line of the log that says what went wrong: a compiler's, else a traceback's last line, else the log's."""
+    lines = [_PROCESS.sub("", line) for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    compilers = [index for index, line in enumerate(lines) if " fatal error: " in line]
+    errors = compilers or [index for index, line in enumerate(lines) if "Error" in line and not _names_no_reason(line)]
     if not errors:
         return f"{(lines or ['nothing printed'])[-1].strip()} (see {log})"
     found = lines[errors[-1]].strip()
@@ -132,4 +135,4 @@ def last_error(log: Path) -> str:
 
 
 def _names_no_reason(line: str) -> bool:
-    return _STARTUP in line or line.lstrip().startswith("raise ")
+    return any(said in line for said in _NO_REASON) or line.lstrip().startswith("raise ")
