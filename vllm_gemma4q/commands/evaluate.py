@@ -130,7 +130,7 @@ def _diverge(
 
 @contextmanager
 def engine_log(given: Path | None) -> Iterator[Path]:
-    """Where the engine prints to: a file of the user's, or one that stays only after a failure, if anything is in it."""
+    """Where the engine prints to: a file of the user's, or one that a failure leaves if anything is in it."""
     if given is not None:
         given.write_bytes(b"")
         yield given
