@@ -34,6 +34,7 @@ class Unit:
     largest: int
 
 
+SIMDS = 4  # of an SM, where they are called partitions, and of a WGP
 _RDNA = Unit(registers=4 * 1536, step=24, warps=4 * 16, shared=128 << 10, overhead=0, largest=64 << 10)
 UNITS = {
     "sm_80": Unit(registers=2048, step=8, warps=64, shared=164 << 10, overhead=1 << 10, largest=163 << 10),
@@ -65,7 +66,7 @@ class MachineCode:
         """Estimated share of the warps that a unit can hold which are resident, 0 where not even one program fits."""
         unit = UNITS[architecture]
         per_warp = -(-self.registers // unit.step) * unit.step
-        by_registers = unit.registers // per_warp // num_warps
+        by_registers = SIMDS * (unit.registers // SIMDS // per_warp) // num_warps  # a warp's are all in one SIMD
         by_shared = unit.shared // (self.shared + unit.overhead) if self.shared + unit.overhead else unit.warps
         fits = self.shared <= unit.largest
         return min(by_registers, by_shared, unit.warps // num_warps) * num_warps / unit.warps if fits else 0.0
