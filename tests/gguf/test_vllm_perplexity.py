@@ -127,6 +127,7 @@ def times_11(path, width):
     log_softmax(rows, axis=1).astype(np.float32).tofile(path)
 
 
+@pytest.mark.usefixtures("few_vllm_processes")
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_vllm_and_transformers_agree_in_float32(kind, held_out_text, tmp_path):
     settings, log, model = Settings(dtype="float32"), tmp_path / "log", checkpoint(kind)
