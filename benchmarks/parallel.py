@@ -14,7 +14,6 @@ Results go to benchmarks/results/parallel.json and, as a table for docs/serve.md
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -31,6 +30,10 @@ from vllm_gemma4q.doctor.checks.parallel import largest
 from vllm_gemma4q.doctor.diagnose import Verdict, diagnose
 from vllm_gemma4q.doctor.engines import VLLM, Device, parse_engine
 from vllm_gemma4q.doctor.subject import open_subject
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from vllm_plugin.engine import free_ports
 
 
 class Layout(NamedTuple):
@@ -79,7 +82,7 @@ def _ask(engines: Sequence[Mapping[str, Any]], ranks: int, chats: Chats, work: P
     with tempfile.TemporaryDirectory(dir=work) as folder, ExitStack() as stack:
         place = Path(folder)
         (place / "request.json").write_text(json.dumps({"engines": engines, "chats": chats}))
-        ports = " ".join(map(str, _free_ports(len(engines))))
+        ports = " ".join(map(str, free_ports(len(engines))))
         processes, results = [], [place / f"{rank}.json" for rank in range(ranks)]
         for rank, target in enumerate(results):
             target.write_text("[]")
@@ -135,14 +138,6 @@ def _together(ranks: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             return {"refused": one["refused"]}
     assert all(one["tokens"] == ranks[0]["tokens"] for one in ranks), "ranks say different things"
     return {"tokens": ranks[0]["tokens"], "bytes": [one["bytes"] for one in ranks]}
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 def judged(found: Mapping[str, Any], alone: Mapping[str, Any], model: Path, layout: Layout) -> dict[str, Any]:

@@ -1,6 +1,10 @@
-"""Bad input through the command: one clear line on stderr, exit code 2, nothing left. tests/crash fills disks."""
+"""Bad input through the command: one clear line on stderr, exit code 2, no output left behind."""
 
 import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import in_process
 import pytest
@@ -8,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from synthetic import small_config, write_checkpoint
 
+GEMMA4Q = Path(sys.executable).with_name("gemma4q")
 UP = "model.language_model.layers.1.mlp.up_proj.weight"
 
 
@@ -100,3 +105,17 @@ def test_target_below_a_file(tmp_path):
     source = write_checkpoint(tmp_path / "source", small_config())
     (tmp_path / "file").write_text("")
     assert_refused(quantize(source, tmp_path / "file" / "target"), "cannot be written", "Not a directory")
+
+
+@pytest.mark.parametrize(("options", "words"), [("size=200k", ["bytes free", "output needs"]), ("ro", ["Read-only"])])
+def test_full_or_read_only_disk(tmp_path, options, words):
+    """A real file system of that kind, in a mount namespace of its own."""
+    source = write_checkpoint(tmp_path / "source", small_config())
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = f"mount -t tmpfs -o {options} tmpfs {disk}"
+    script = f"{mount} && {GEMMA4Q} quantize {source} {disk}/target --scheme quark-int8; c=$?; ls -A {disk}; exit $c"
+    command = [shutil.which("unshare"), "--mount", "--map-root-user", "sh", "-c", script]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert_refused(result, *words)
+    assert result.stdout == ""

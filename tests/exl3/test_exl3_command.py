@@ -1,4 +1,4 @@
-"""`gemma4q quantize --scheme exl3` as users run it: options, JSON, refusals in one line, kills on the way."""
+"""`gemma4q quantize --scheme exl3` as users run it: options, JSON, refusals in one line. tests/crash kills it."""
 
 import json
 import sys

@@ -28,7 +28,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 from small_gemma4 import corpus, held_out  # noqa: E402
 
-BITS = (2, 4)
+BITS = (2, 4, 6)
 LENGTH, ROWS = 192, 20
 Rounding = Callable[[str, torch.Tensor], torch.Tensor]
 
@@ -111,8 +111,10 @@ def by_bits(divergence, statistics):
 
 
 def test_every_bit_counts(by_bits):
-    """Six decibels a bit, a factor of four in squared error. benchmarks/exl3_sweep.py has all rates."""
-    assert by_bits[2] > 8 * by_bits[4] > 0
+    found = list(by_bits.values())
+    assert found == sorted(found, reverse=True)
+    # Six decibels a bit, a factor of four in squared error.
+    assert found[0] > 50 * found[-1] > 0
 
 
 @pytest.mark.parametrize("group", [256, 128, 32])

@@ -1,4 +1,4 @@
-"""`gemma4q quantize --scheme fp8-static` as users run it: options, JSON, refusals in one line, kills on the way."""
+"""`gemma4q quantize --scheme fp8-static` as users run it: options, JSON, refusals in one line. tests/crash kills it."""
 
 import json
 import subprocess

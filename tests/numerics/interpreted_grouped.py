@@ -171,7 +171,7 @@ CHECKS: dict[str, list[Check]] = {
             f"K = {k}, {tokens} tokens, {experts} experts, {kind}",
             partial(check_experts, tokens, experts, 2816, k, 8, kind),
         )
-        for k, tokens, experts, kind in ((176, 1, 98, "few"), (704, 2, 16, "all"))
+        for k, tokens, experts, kind in ((176, 1, 98, "all"), (352, 9, 12, "few"), (704, 2, 16, "all"))
     ]
     + [
         (f"integers, K = {k}, {tokens} tokens", partial(check_integers, tokens, 9, 8, 130, k))

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from machine_code import MachineCode, compile_ahead
 
 from vllm_gemma4q.benchmark.shapes import Shape
 
+NEW_TRITON = tuple(map(int, version("triton").split(".")[:2])) >= (3, 9)
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
@@ -74,13 +76,14 @@ def test_the_peer_in_triton_compiles_for_hopper() -> None:
 
 @pytest.mark.slow
 def test_the_peer_in_triton_compiles_to_what_vllms_own_does() -> None:
-    """As much shared memory, as many registers or fewer (it has no bias; Triton 3.7 takes 3% more), no spills."""
+    """As much shared memory, no more registers (it has no bias), no spills."""
     theirs = int8_machine_code.theirs("sm_90")
     assert len(theirs) == len(int8_machine_code.VLLM_TILES) == 4
     for result, (_, blocks) in zip(theirs, int8_machine_code.VLLM_TILES, strict=True):
         code = peer_code(blocks)
         assert code.shared == result.shared and code.spills == result.spills == 0
-        assert 0.7 * result.registers <= code.registers <= 1.05 * result.registers
+        most = result.registers if NEW_TRITON else 1.05 * result.registers  # 3.7 takes 234 where vLLM's has 228
+        assert 0.7 * result.registers <= code.registers <= most
 
 
 def test_cublaslts_results_have_the_size_of_its_header() -> None:

@@ -100,7 +100,7 @@ def ask_ranks(requests: Sequence[Request], ranks: int = 2) -> list[Answers]:
     """
     settings = {"tensor_parallel_size": ranks, "distributed_executor_backend": "external_launcher"}
     shared = engine_environment() | IN_PROCESS | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORTS": " ".join(map(str, _free_ports(len(requests)))), "OMP_NUM_THREADS": "1"}
+    shared |= {"MASTER_PORTS": " ".join(map(str, free_ports(len(requests)))), "OMP_NUM_THREADS": "1"}
     return _run(requests, [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)], settings)
 
 
@@ -117,7 +117,8 @@ def engine_environment(tensor_parallel_size: int = 1) -> dict[str, str]:
     }
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Different ones."""
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:
@@ -135,6 +136,7 @@ def _run(requests: Sequence[Request], environments: Sequence[dict[str, str]], en
             command = [sys.executable, str(PROCESS), str(requests_path), str(Path(folder, f"{rank}.npz"))]
             log = stack.enter_context(Path(folder, f"{rank}.log").open("wb"))
             process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+            stack.callback(process.wait)
             stack.callback(process.kill)
             processes.append(process)
         _wait(processes)
