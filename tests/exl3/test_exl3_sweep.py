@@ -10,6 +10,7 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 MODEL = EXAMPLES / "small_gemma4" / "dense"
 GEMMA4Q = Path(sys.executable).with_name("gemma4q")
+KILLED = b"the last words of a killed run's engine"
 sys.path.insert(0, str(EXAMPLES))
 
 from small_gemma4 import held_out  # noqa: E402
@@ -32,6 +33,8 @@ def folder(tmp_path):
 def test_a_sweep(folder):
     """Attention at 5 bits, the rest at 4; the output layer left alone, which is most of so small a model."""
     wanted = ["--bits", "4.2", "--head-bits", "16", "--no-hessian", "--framing", "raw", "--context", "128"]
+    (folder / "sweep").mkdir()
+    (folder / "sweep" / "engine.log").write_bytes(KILLED)
     first = sweep(folder, *wanted, "--chunks", "6", "--json")
     assert first.returncode == 0, first.stderr
     assert first.stderr.splitlines() == ["exl3-4.2bpw-h16-mcg: measuring", "the original: measuring"]
@@ -48,6 +51,7 @@ def test_a_sweep(folder):
     assert not list((folder / "sweep").glob("*.logits"))
 
     log = (folder / "sweep" / "engine.log").read_bytes()
+    assert log and KILLED not in log
     again = sweep(folder, *wanted, "--chunks", "6", "--json")
     assert again.returncode == 0 and json.loads(again.stdout) == results
     assert (folder / "sweep" / "engine.log").read_bytes() == log

@@ -3,6 +3,7 @@
 FOLDER/exl3-4bpw-h6/     one checkpoint a rate, kept
 FOLDER/results.json      written anew after each measurement; what it holds is not measured again
 FOLDER/sweep.png
+FOLDER/engine.log        what the engine printed, of the last run that measured something
 FOLDER/reference.logits  the original's distributions while there is something to compare: 1 MB a position
 """
 
@@ -85,6 +86,7 @@ class Sweep:
     def _measure(self, target: Path, results: dict[str, Any]) -> dict[str, Any]:
         if self._reference is None:
             self._say("the original: measuring")
+            (self._folder / LOG).write_bytes(b"")  # a killed run's engine may have had a last word
             self._reference = self._protocol.run(self._source.folder, self._folder / LOG, self._folder / _REFERENCE)
             results["reference"] = {"model": model_identity(self._source), **self._reference.to_json()}
         other = self._protocol.run(target, self._folder / LOG, self._folder / _OTHER)
