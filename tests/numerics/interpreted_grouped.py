@@ -90,22 +90,31 @@ def check_integers(tokens: int, experts: int, top_k: int, n: int, k: int) -> Non
 
 
 def check_experts(tokens: int, experts: int, hidden: int, intermediate: int, top_k: int, kind: str) -> None:
-    """The whole against the float64 oracle, twice with the same bits, and with each scale wrong."""
+    """The whole against the float64 oracle, which a wrong scale is not within the bound of."""
     layer = layer_of(experts, hidden, intermediate)
     x = torch.randn(tokens, hidden)
     weights, ids = routing_of(tokens, experts, top_k, kind)
+    got = moe_int8(x, *layer, weights, ids, backend="triton")
+    assert got.dtype == x.dtype and rms_error(got, reference.moe_int8(x, *layer, weights, ids)) <= BOUND
+    w13_q, w13_scale, w2_q, w2_scale = layer
+    for wrong in ((w13_q, w13_scale * 1.1, w2_q, w2_scale), (w13_q, w13_scale, w2_q, w2_scale * 1.1)):
+        assert rms_error(got, reference.moe_int8(x, *wrong, weights, ids)) > BOUND
+
+
+def check_scales() -> None:
+    """The same bits twice, and with a column of scales; others where each scale is another."""
+    w13_q, w13_scale, w2_q, w2_scale = layer = layer_of(6, 48, 16)
+    x = torch.randn(5, 48)
+    weights, ids = routing_of(5, 6, 3, "few")
 
     def run(*tensors: torch.Tensor) -> torch.Tensor:
         return moe_int8(x, *tensors, weights, ids, backend="triton")  # type: ignore[arg-type]
 
-    expected = reference.moe_int8(x, *layer, weights, ids)
     got = run(*layer)
-    assert got.dtype == x.dtype and rms_error(got, expected) <= BOUND
     assert torch.equal(got, run(*layer))
-    w13_q, w13_scale, w2_q, w2_scale = layer
-    assert rms_error(run(w13_q, w13_scale * 1.1, w2_q, w2_scale), expected) > BOUND
-    assert rms_error(run(w13_q, w13_scale, w2_q, w2_scale * 1.1), expected) > BOUND
-    assert torch.equal(run(w13_q, w13_scale.unsqueeze(-1), w2_q, w2_scale.unsqueeze(-1)), got)
+    assert torch.equal(got, run(w13_q, w13_scale.unsqueeze(-1), w2_q, w2_scale.unsqueeze(-1)))
+    for wrong in ((w13_q, w13_scale * 1.1, w2_q, w2_scale), (w13_q, w13_scale, w2_q, w2_scale * 1.1)):
+        assert rms_error(run(*wrong), reference.moe_int8(x, *layer, weights, ids)) > BOUND
 
 
 def check_ranks() -> None:
@@ -162,6 +171,7 @@ CHECKS: dict[str, list[Check]] = {
         ("integers, ragged K", partial(check_integers, 3, 2, 2, 34, 77)),
         ("98 experts, most of them empty", partial(check_experts, 5, 98, 48, 16, 3, "few")),
         ("integers, large blocks", partial(check_integers, 130, 1, 1, 34, 77)),
+        ("scales", check_scales),
         ("ranks", check_ranks),
         ("activations", check_activations),
         ("buffers of engines", check_buffers_of_engines),
