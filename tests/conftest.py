@@ -25,11 +25,7 @@ def gemma4q() -> Callable[..., tuple[int, str, str]]:
     """Runs the command in this process: exit code, stdout, stderr."""
     import in_process
 
-    def run(*arguments: object) -> tuple[int, str, str]:
-        done = in_process.gemma4q(*arguments)
-        return done.returncode, done.stdout, done.stderr
-
-    return run
+    return in_process.gemma4q
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,13 @@
 
 import json
 import math
-import sys
 from itertools import groupby
 
 import pytest
 import torch
+from in_process import Finished, run
 from tolerances import INT8_AGAINST_BF16
 
-import vllm_gemma4q.cli
 from vllm_gemma4q.benchmark.contenders import BASELINE, CONTENDERS, OURS, Contender, Linear, Weight
 from vllm_gemma4q.benchmark.linear import QUICK, compare
 from vllm_gemma4q.benchmark.shapes import Shape
@@ -19,17 +18,14 @@ CPU = torch.device("cpu")
 NAMES = [contender.name for contender in CONTENDERS]
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | None:
-    """Exit code of `gemma4q bench`; None where it returned."""
-    monkeypatch.setattr(sys, "argv", ["gemma4q", "bench", "--cpu", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        vllm_gemma4q.cli.main()
-    return ended.value.code
+def bench(*arguments: str) -> Finished:
+    return run("gemma4q", "bench", "--cpu", *arguments)
 
 
-def test_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, "--quick", "--json") == 0
-    report = json.loads(capsys.readouterr().out)
+def test_json() -> None:
+    finished = bench("--quick", "--json")
+    assert finished.returncode == 0
+    report = json.loads(finished.stdout)
     assert report["device"]["threads"] == torch.get_num_threads() and report["device"]["name"]
     assert report["versions"]["torch"]
     problems = [
@@ -52,18 +48,20 @@ def test_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         assert not rows[BASELINE]["reason"] and not rows[OURS]["reason"]
 
 
-def test_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, "--quick") == 0
-    lines = capsys.readouterr().out.splitlines()
+def test_table() -> None:
+    finished = bench("--quick")
+    assert finished.returncode == 0
+    lines = finished.stdout.splitlines()
     assert sum(f"{OURS} few rows" in line for line in lines if "│" in line) == 4
     assert sum(OURS in line for line in lines if "│" in line) == 8
     assert any(line.startswith("not measured: vllm cutlass_scaled_mm: CUTLASS runs on NVIDIA") for line in lines)
     assert max(map(len, lines)) <= 140
 
 
-def test_quick_takes_no_model(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(monkeypatch, "31B", "--quick") == 2
-    assert capsys.readouterr().err.startswith("error: --quick: got also MODEL")
+def test_quick_takes_no_model() -> None:
+    finished = bench("31B", "--quick")
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("error: --quick: got also MODEL")
 
 
 @pytest.mark.parametrize("m", [1, 17])

@@ -1,8 +1,8 @@
 """Every finding on a checkpoint that has the defect, and on none that has not; the commands it names mend it."""
 
 import subprocess
-import sys
 
+import in_process
 import pytest
 from doctor.broken_checkpoints import (
     BROKEN,
@@ -14,7 +14,6 @@ from doctor.broken_checkpoints import (
     write_broken,
 )
 
-from vllm_gemma4q.cli import main
 from vllm_gemma4q.doctor.diagnose import Verdict, diagnose
 from vllm_gemma4q.doctor.engines import Device, parse_engine
 from vllm_gemma4q.doctor.subject import open_subject
@@ -70,7 +69,7 @@ def _worst(severity):
 @pytest.mark.parametrize(
     "name", [name for name in BROKEN if PLUGIN in BROKEN[name].codes and name not in MENDED_ELSEWHERE]
 )
-def test_the_fix_mends_it(name, good, tmp_path, monkeypatch):
+def test_the_fix_mends_it(name, good, tmp_path):
     """Where it is `gemma4q restore`, `gemma4q quantize --scheme quark-int8`, `cp` or `rm`."""
     code, _ = BROKEN[name].codes[PLUGIN]
     base = base_of(BROKEN[name].good)
@@ -78,10 +77,7 @@ def test_the_fix_mends_it(name, good, tmp_path, monkeypatch):
     finding = next(finding for finding in examine(broken, PLUGIN, base).findings if finding.code == code)
     words = finding.fix.split()
     if words[0] == "gemma4q":
-        monkeypatch.setattr(sys, "argv", words)
-        with pytest.raises(SystemExit) as end:
-            main()
-        assert end.value.code in (0, None)
+        assert in_process.gemma4q(*words[1:]).returncode == 0
         mended = next(word for word in words if word.endswith(("-restored", "-again")))
     else:
         subprocess.run(words, check=True)

@@ -1,12 +1,9 @@
 """What the tests of `gemma4q evaluate gsm8k` share: made-up questions, and the command in this process."""
 
 import json
-import sys
 
 import pytest
 from gsm8k_server import COUNT, write_questions
-
-import vllm_gemma4q.cli
 
 
 @pytest.fixture
@@ -17,16 +14,13 @@ def files(tmp_path):
 
 
 @pytest.fixture
-def gsm8k(monkeypatch, capfd):
+def gsm8k(monkeypatch, gemma4q):
     """Runs the command, with no result files in the environment: exit code, stdout (parsed with --json), stderr."""
     for name in ("EVAL_BASELINE_JSON", "EVAL_QUANT_JSON", "OPENAI_API_KEY"):
         monkeypatch.delenv(name, raising=False)
 
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gemma4q", "evaluate", "gsm8k", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            vllm_gemma4q.cli.main()
-        out, err = capfd.readouterr()
-        return ended.value.code or 0, json.loads(out) if out and "--json" in arguments else out, err
+        code, out, err = gemma4q("evaluate", "gsm8k", *arguments)
+        return code, json.loads(out) if out and "--json" in arguments else out, err
 
     return run

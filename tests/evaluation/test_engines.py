@@ -5,7 +5,7 @@ import math
 import re
 import shutil
 import struct
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-import vllm_gemma4q.cli
 from gguf_mixed.perplexity import read_base
 from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.evaluation.engines import logits_file
@@ -39,16 +38,8 @@ def text(tmp_path):
 
 
 @pytest.fixture
-def evaluate(monkeypatch, capfd):
-    """Runs the command in this process: exit code, stdout, stderr."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gemma4q", "evaluate", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            vllm_gemma4q.cli.main()
-        return ended.value.code or 0, *capfd.readouterr()
-
-    return run
+def evaluate(gemma4q):
+    return partial(gemma4q, "evaluate")
 
 
 @torch.no_grad()

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from synthetic import write_checkpoint
 
 from vllm_gemma4q.checkpoint import open_checkpoint
-from vllm_gemma4q.cli import main
 from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.exl3.quantize import Options, plan
 
@@ -28,14 +27,6 @@ def made(tmp_path_factory):
     write_hessians(folder / "source", folder / "hessians")
     write_for(folder / "source", folder / "without")
     return folder
-
-
-def gemma4q(monkeypatch, capsys, *arguments):
-    """(exit code, stdout, stderr) of the command, in this process."""
-    monkeypatch.setattr(sys, "argv", ["gemma4q", "quantize", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    return end.value.code or 0, *capsys.readouterr()
 
 
 @pytest.mark.parametrize(
@@ -54,9 +45,9 @@ def gemma4q(monkeypatch, capsys, *arguments):
         (["--scheme", "fp8-static", "--codebook", "mcg"], "--codebook: got mcg, expected nothing"),
     ],
 )
-def test_refusals_are_one_line(made, tmp_path, monkeypatch, capsys, options, message):
+def test_refusals_are_one_line(made, tmp_path, monkeypatch, gemma4q, options, message):
     monkeypatch.chdir(made)
-    code, _, error = gemma4q(monkeypatch, capsys, "source", tmp_path / "target", *options)
+    code, _, error = gemma4q("quantize", "source", tmp_path / "target", *options)
     assert code == 2
     assert error.startswith("error: ")
     assert message in error
@@ -65,23 +56,23 @@ def test_refusals_are_one_line(made, tmp_path, monkeypatch, capsys, options, mes
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu(made, tmp_path, monkeypatch, capsys):
+def test_no_gpu(made, tmp_path, monkeypatch, gemma4q):
     options = [*EXL3, "--no-hessian", "--device", "cuda"]
-    code, _, error = gemma4q(monkeypatch, capsys, made / "source", tmp_path / "target", *options)
+    code, _, error = gemma4q("quantize", made / "source", tmp_path / "target", *options)
     assert (code, error) == (2, "error: device cuda: torch sees no GPU\n")
 
 
-def test_no_numba(made, tmp_path, monkeypatch, capsys):
+def test_no_numba(made, tmp_path, monkeypatch, gemma4q):
     """The definition would take a hundred times as long: better say what is missing."""
     monkeypatch.setitem(sys.modules, "numba", None)
-    code, _, error = gemma4q(monkeypatch, capsys, made / "source", tmp_path / "target", *EXL3, "--no-hessian")
+    code, _, error = gemma4q("quantize", made / "source", tmp_path / "target", *EXL3, "--no-hessian")
     assert (code, error.count("\n")) == (2, 1)
     assert "device cpu: numba cannot encode: numba is not installed (pip install 'vllm-gemma4q[exl3]')" in error
 
 
-def test_dry_run_as_json(made, tmp_path, monkeypatch, capsys):
+def test_dry_run_as_json(made, tmp_path, monkeypatch, gemma4q):
     options = [*EXL3, "--statistics", made / "hessians", "--head-bits", "4", "--dry-run", "--json"]
-    code, out, _ = gemma4q(monkeypatch, capsys, made / "source", tmp_path / "target", *options)
+    code, out, _ = gemma4q("quantize", made / "source", tmp_path / "target", *options)
     report = json.loads(out)
     assert (code, report["scheme"], report["written"]) == (0, "exl3", False)
     assert report["quantization"]["head_bits"] == 4

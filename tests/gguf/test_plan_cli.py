@@ -2,15 +2,15 @@
 
 import json
 import struct
-import sys
+from functools import partial
 
+import in_process
 import numpy as np
 import pytest
 from gguf_files import BF16, write_gguf
 from quantize_runs import with_imatrices
 from safetensors.numpy import save_file
 
-from gguf_mixed.cli import main
 from gguf_mixed.fisher import Fisher, Marginals, write_fisher
 from gguf_mixed.recipes.base import quantizable
 from gguf_mixed.sensitivity import rows_of_matrix
@@ -57,17 +57,11 @@ def files(tmp_path_factory):
 
 
 @pytest.fixture
-def run(files, monkeypatch, capsys):
+def run(files, monkeypatch):
     """The command as its entry point runs it, in the folder of the files: exit code, standard output and errors."""
 
-    def run(*arguments):
-        monkeypatch.chdir(files)
-        monkeypatch.setattr(sys, "argv", ["gguf-mixed", "plan", "-o", "out.txt", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        return (ended.value.code or 0, *capsys.readouterr())
-
-    yield run
+    monkeypatch.chdir(files)
+    yield partial(in_process.run, "gguf-mixed", "plan", "-o", "out.txt")
     for path in files.glob("out.txt*"):
         path.unlink()
 

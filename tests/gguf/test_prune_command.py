@@ -1,9 +1,9 @@
 """`gguf-mixed prune` as a user runs it, and what it hands on to `plan`, `quantize` and `verify`."""
 
 import json
-import subprocess
 import sys
 
+import in_process
 import pytest
 from ggml_runs import uneven
 from gguf_files import gemma4_metadata, moe_26b_a4b, write_gguf
@@ -11,7 +11,6 @@ from peak_memory import measure
 from prune_models import drop_map, metadata, model
 from quantize_runs import T, ok
 
-from gguf_mixed import cli
 from gguf_mixed.header import read_header
 from gguf_mixed.imatrix_gguf import read_imatrix, write_imatrix
 from gguf_mixed.imatrix_legacy import write_legacy
@@ -27,17 +26,13 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """The program within this process, which need not start it: much faster."""
+def run(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
 
     def main(*arguments, code=0):
-        monkeypatch.setattr(sys, "argv", ["gguf-mixed", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "160")
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        printed, told = capsys.readouterr()
-        assert ended.value.code == code, told
-        return subprocess.CompletedProcess(arguments, code, printed, told)
+        finished = in_process.run("gguf-mixed", *arguments)
+        assert finished.returncode == code, finished.stderr
+        return finished
 
     return main
 

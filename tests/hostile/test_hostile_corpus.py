@@ -4,14 +4,11 @@ import json
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 from hostile.build_corpus import files
-
-import gguf_mixed.cli
-import vllm_gemma4q.cli
+from in_process import run
 
 CORPUS = Path(__file__).with_name("corpus")
 DENSE = Path(__file__).resolve().parents[2] / "examples" / "small_gemma4" / "dense"
@@ -31,18 +28,8 @@ def test_every_file_has_a_row_and_comes_from_its_script():
     assert {name for name in stored if not any(name == row or name.startswith(f"{row}/") for row in named)} == set()
 
 
-def run(capsys, monkeypatch, *words: object) -> tuple[int, str, str]:
-    """A command as users run it, but for the process: exit code, stdout, stderr."""
-    monkeypatch.setattr(sys, "argv", list(map(str, words)))
-    with pytest.raises(SystemExit) as end:
-        (gguf_mixed.cli.main if words[0] == "gguf-mixed" else vllm_gemma4q.cli.main)()
-        sys.exit(0)
-    out, err = capsys.readouterr()
-    return end.value.code or 0, out, err
-
-
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row["name"])
-def test_the_answer(row, tmp_path, capsys, monkeypatch):
+def test_the_answer(row, tmp_path, monkeypatch):
     source = tmp_path / row["name"]
     path = CORPUS / row["name"]
     shutil.copytree(path, source) if path.is_dir() else shutil.copy(path, source)
@@ -55,7 +42,7 @@ def test_the_answer(row, tmp_path, capsys, monkeypatch):
     words = [
         word.replace("FILE", str(source)).replace("DST", str(tmp_path / "made")) for word in row["command"].split()
     ]
-    code, out, err = run(capsys, monkeypatch, *words)
+    code, out, err = run(*words)
     answer = row["answer"].strip("`")
     if answer.startswith("error: "):
         assert (code, err, out) == (2, answer.replace("FOLDER", str(source)) + "\n", "")
