@@ -6,15 +6,15 @@ answer like it.
 """
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import engine_forks
 import numpy as np
 import pytest
+from doctor import matrix_process
 from doctor.broken_checkpoints import BROKEN, PLUGIN, SMALL, STOCK, base_of, write_broken
 from tolerances import DOCTOR_RIGHT
 from vllm_plugin.engine import Request, _to_json, engine_environment
@@ -30,7 +30,6 @@ GOOD = ("bf16-dense", "bf16-moe", "int8-dense", "int8-moe", "int8-text", "int8-f
 # Warnings of what the engine computes wrong; others are of memory, float16's range or chats.
 SILENT = {"missing-scale", "fused-disagree", "list-misses", "missing-tensor", "missing-shard", "shape-mismatch"}
 UNLOADED = {"bf16-no-values", "bf16-no-norm", "bf16-no-scalar"}
-PROCESS = Path(__file__).with_name("matrix_process.py")
 TIMEOUT_SECONDS = 1800
 Result = np.ndarray | str  # log-probabilities, or what the engine died of
 CASES = [(name, engine) for engine in (PLUGIN, STOCK) for name in (*GOOD, *BROKEN)]
@@ -120,18 +119,13 @@ def _run_one_process(requests: list[dict[str, Any]], place: Path, plugins: dict[
     """Results up to the last request, or to the one that ended the process."""
     place.mkdir(parents=True)
     (place / "requests.json").write_text(json.dumps(requests))
-    paths = os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])
-    env = engine_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": paths} | plugins
-    with (place / "log").open("w") as log:
-        command = [sys.executable, str(PROCESS), str(place / "requests.json"), str(place)]
-        finished = subprocess.run(
-            command, env=env, cwd=place, stdout=log, stderr=subprocess.STDOUT, timeout=TIMEOUT_SECONDS, check=False
-        )
+    env = engine_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | plugins
+    (code,) = engine_forks.run(matrix_process.main, [engine_forks.Call([place], env, place / "log")], TIMEOUT_SECONDS)
     results: list[Result] = []
     for number in range(len(requests)):
         logprobs, died = place / f"{number}.npy", place / f"{number}.txt"
         if not logprobs.exists() and not died.exists():
-            return [*results, f"the process ended with code {finished.returncode}"]
+            return [*results, f"the process ended with code {code}"]
         results.append(died.read_text() if died.exists() else np.load(logprobs))
     return results
 

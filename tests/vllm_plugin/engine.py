@@ -1,8 +1,8 @@
 """Ask real vLLM engines on this machine's CPU, in processes of their own.
 
-`ask` starts vLLM on one checkpoint as `vllm serve` does, with an engine core and workers of their own: 20 to 50 s.
+`ask` starts vLLM on one checkpoint as `vllm serve` does, with an engine core and workers of their own: 20 to 40 s.
 `ask_all` runs several checkpoints one after the other within one process, `ask_ranks` within one a rank, which takes
-about 5 s each.
+about 3 s each.
 All return full-vocabulary log-probabilities of prompts, greedy continuations and answers about pictures.
 `divergence` compares two engines' log-probabilities.
 """
@@ -13,18 +13,16 @@ import io
 import json
 import os
 import socket
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import engine_forks
 import numpy as np
+from vllm_plugin import engine_process
 
-PROCESS = Path(__file__).with_name("engine_process.py")
 TIMEOUT_SECONDS = 600
 SECTION = "### engine "
 # One process for front end, engine core and worker, so that several engines can follow each other in it.
@@ -128,35 +126,20 @@ def free_ports(count: int) -> list[int]:
 
 def _run(requests: Sequence[Request], environments: Sequence[dict[str, str]], engine: dict[str, Any]) -> list[Answers]:
     """What the first of some processes answers, one an environment, all with the same requests."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        requests_path = Path(folder, "requests.json")
-        requests_path.write_text(json.dumps([_to_json(request, engine) for request in requests]))
-        processes = []
-        for rank, environment in enumerate(environments):
-            command = [sys.executable, str(PROCESS), str(requests_path), str(Path(folder, f"{rank}.npz"))]
-            log = stack.enter_context(Path(folder, f"{rank}.log").open("wb"))
-            process = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
-            stack.callback(process.wait)
-            stack.callback(process.kill)
-            processes.append(process)
-        _wait(processes)
-        printed = [Path(folder, f"{rank}.log").read_text(errors="replace") for rank in range(len(processes))]
-        if any(process.poll() != 0 for process in processes):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "requests.json").write_text(json.dumps([_to_json(request, engine) for request in requests]))
+        calls = [
+            engine_forks.Call((folder / "requests.json", folder / f"{rank}.npz"), environment, folder / f"{rank}.log")
+            for rank, environment in enumerate(environments)
+        ]
+        codes = engine_forks.run(engine_process.main, calls, TIMEOUT_SECONDS)
+        printed = [call.log.read_text(errors="replace") for call in calls]
+        if any(codes):
             raise EngineError("\n".join(printed))
-        arrays = np.load(Path(folder, "0.npz"))
+        arrays = np.load(folder / "0.npz")
         logs = printed[0].split(SECTION)[1:]
         return [_answers(index, request, arrays, logs[index]) for index, request in enumerate(requests)]
-
-
-def _wait(processes: Sequence["subprocess.Popen[bytes]"]) -> None:
-    """Until all have ended, or one of them badly: the others would wait for it."""
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while any(process.poll() is None for process in processes):
-        if any(process.poll() for process in processes):
-            return
-        if time.monotonic() > deadline:
-            raise subprocess.TimeoutExpired(processes[0].args, TIMEOUT_SECONDS)
-        time.sleep(0.1)
 
 
 def _to_json(request: Request, engine: dict[str, Any]) -> dict[str, Any]:

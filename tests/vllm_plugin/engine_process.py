@@ -1,6 +1,4 @@
-"""Run vLLM engines on a CPU, one after the other: read requests as JSON, write arrays and answers. See `engine.py`.
-
-python engine_process.py REQUESTS.json ANSWERS.npz
+"""What the processes of `engine.py` run: vLLM engines on a CPU, one after the other.
 
 One of several ranks has RANK, WORLD_SIZE and MASTER_ADDR as torch wants them, and in MASTER_PORTS a port an engine.
 """
@@ -8,7 +6,6 @@ One of several ranks has RANK, WORLD_SIZE and MASTER_ADDR as torch wants them, a
 import gc
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +13,12 @@ from typing import Any
 import numpy as np
 
 
-def main(requests_path: str, answers_path: str) -> None:
+def main(requests_path: Path, answers_path: Path) -> None:
+    """Read requests as JSON, write arrays."""
     collect = only_ours()
     arrays: dict[str, np.ndarray] = {}
     ports = os.environ.get("MASTER_PORTS", "").split()
-    for index, request in enumerate(json.loads(Path(requests_path).read_text())):
+    for index, request in enumerate(json.loads(requests_path.read_text())):
         if ports:
             os.environ["MASTER_PORT"] = ports[index]
         print(f"\n### engine {index}: {request['engine']['model']}", flush=True)
@@ -88,7 +86,3 @@ def _parameter_bytes(model: Any) -> dict[str, int]:
 def _chat(image: str, question: str) -> list[dict]:
     content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": question}]
     return [{"role": "user", "content": content}]
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -6,11 +6,11 @@ One start of the small dense model: its single global key head is repeated, its 
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
+import engine_forks
 import pytest
+import vram_engine_process
 
 from vllm_gemma4q.vram.kv_cache import VllmPool
 from vllm_gemma4q.vram.source import open_source
@@ -40,20 +40,11 @@ def engine(tmp_path_factory):
         "VLLM_NO_USAGE_STATS": "1",
         "PYTHONPATH": str(HERE),
     }
-    arguments = [str(DENSE), *map(str, (RANKS, MAX_MODEL_LEN, BATCHED))]
-    done = subprocess.run(
-        [sys.executable, HERE / "vram_engine_process.py", *arguments],
-        env=environment,
-        cwd=tmp_path_factory.mktemp("engine"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-        check=False,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith('{"ranks"')]
-    assert done.returncode == 0 and len(lines) == 1, done.stdout
-    return json.loads(lines[0])
+    folder = tmp_path_factory.mktemp("engine")
+    answer, log = folder / "answer.json", folder / "log"
+    call = engine_forks.Call((DENSE, RANKS, MAX_MODEL_LEN, BATCHED, answer), environment, log)
+    assert engine_forks.run(vram_engine_process.main, [call], TIMEOUT_SECONDS) == [0], log.read_text()
+    return json.loads(answer.read_text())
 
 
 @pytest.mark.engine

@@ -1,23 +1,21 @@
-"""Start one vLLM engine on a CPU and print, as the last line, what it holds.
-
-python vram_engine_process.py CHECKPOINT RANKS MAX_MODEL_LEN MAX_BATCHED_TOKENS
-"""
+"""What test_vram_engine.py runs in a process."""
 
 import json
-import sys
+from pathlib import Path
 
 from vram_census import census
 
 
-def main(checkpoint: str, ranks: str, max_model_len: str, max_batched_tokens: str) -> None:
+def main(checkpoint: Path, ranks: int, max_model_len: int, max_batched_tokens: int, answer: Path) -> None:
+    """Start one vLLM engine on a CPU and write what it holds."""
     from vllm import LLM
 
     llm = LLM(
-        model=checkpoint,
+        model=str(checkpoint),
         enforce_eager=True,
-        tensor_parallel_size=int(ranks),
-        max_model_len=int(max_model_len),
-        max_num_batched_tokens=int(max_batched_tokens),
+        tensor_parallel_size=ranks,
+        max_model_len=max_model_len,
+        max_num_batched_tokens=max_batched_tokens,
         max_num_seqs=16,
         enable_prefix_caching=False,
         limit_mm_per_prompt={"image": 1, "video": 0, "audio": 0},
@@ -30,8 +28,4 @@ def main(checkpoint: str, ranks: str, max_model_len: str, max_batched_tokens: st
         "concurrency": config.cache_config.kv_cache_max_concurrency,
         "in_flight": config.max_in_flight_tokens,
     }
-    print(json.dumps(found), flush=True)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    answer.write_text(json.dumps(found))
