@@ -12,10 +12,10 @@ from gguf_mixed.sweep_tiers import OPTIMAL
 _INCHES, _DOTS = (9, 6), 120
 
 
-def require_matplotlib() -> None:
-    """Raise InputError where there is no matplotlib, without importing it."""
+def require_matplotlib(otherwise: str = "") -> None:
+    """Raise InputError where there is no matplotlib, without importing it; `otherwise` ends the message."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("matplotlib: not installed: pip install 'vllm-gemma4q[evaluate]', or --no-plot")
+        raise InputError(f"matplotlib: not installed: pip install 'vllm-gemma4q[evaluate]'{otherwise}")
 
 
 def plot(results: Mapping[str, Any], title: str, path: Path) -> bool:

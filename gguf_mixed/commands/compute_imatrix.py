@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from gguf_mixed.commands import comparison_options as options
+from gguf_mixed.commands.output import AsJson, show
 from gguf_mixed.imatrix_compute import DEFAULT_CONTEXT, MOST_CHUNKS, compute_imatrix
 from gguf_mixed.llama_cpp import find_tool
 
@@ -28,6 +29,7 @@ def command(
     ] = False,
     llama_cpp: options.LlamaCpp = None,
     threads: options.Threads = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compute an importance matrix with the real llama-imatrix, and check it against the model."""
     found = compute_imatrix(
@@ -42,4 +44,6 @@ def command(
         parse_special=parse_special,
         log=(lambda line: print(line, file=sys.stderr)) if sys.stderr.isatty() else (lambda line: None),
     )
-    print(f"{output}: {len(found.entries)} entries, {found.chunk_count} chunks of {found.chunk_size} tokens")
+    line = f"{output}: {len(found.entries)} entries, {found.chunk_count} chunks of {found.chunk_size} tokens"
+    report = {"output": str(output), "entries": len(found.entries), "chunks": found.chunk_count}
+    show(line, report | {"tokens_a_chunk": found.chunk_size}, as_json)

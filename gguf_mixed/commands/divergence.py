@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from gguf_mixed.base_file import Comparison, ensure_base
 from gguf_mixed.commands import comparison_options as options
+from gguf_mixed.commands.output import AsJson
 from gguf_mixed.identity import model_sha256
 from gguf_mixed.llama_cpp import find_tool
 from gguf_mixed.perplexity import Base, Divergence, divergence
@@ -30,7 +31,7 @@ def command(
     base: options.BaseFile = None,
     llama_cpp: options.LlamaCpp = None,
     threads: options.Threads = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure how far quantized models are from the one they were made of, with the real llama-perplexity."""
     inventories = [read_inventory(model) for model in models]

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from gguf_mixed.commands.output import AsJson, show
 from gguf_mixed.errors import InputError
 from gguf_mixed.fisher import write_fisher
 from gguf_mixed.samples import cut_samples, describe_text, is_framed, read_texts
@@ -25,6 +26,7 @@ def command(
     raw: Annotated[bool, typer.Option(help="Plain text instead of the model's chat template.")] = False,
     seed: Annotated[int, typer.Option(help="Of the labels' draw.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; all cores where not given.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Measure how sensitive the model's output is to each weight: a few backward passes (needs its full memory)."""
     try:
@@ -46,4 +48,6 @@ def command(
     }
     found = backward.compute_fisher(loaded, samples, details, seed, sys.stderr.isatty())
     write_fisher(output, found)
-    print(f"{output}: {len(found.marginals)} tensors, {found.positions:,} positions, {details['framing']}")
+    line = f"{output}: {len(found.marginals)} tensors, {found.positions:,} positions, {details['framing']}"
+    report = {"output": str(output), "tensors": len(found.marginals), "positions": found.positions, **details}
+    show(line, report, as_json)

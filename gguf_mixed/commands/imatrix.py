@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gguf_mixed.commands.output import AsJson
 from gguf_mixed.errors import one_line
 from gguf_mixed.imatrix import Imatrix, ImatrixEntry
 from gguf_mixed.imatrix_gguf import read_imatrix, write_imatrix
@@ -24,7 +25,7 @@ def command(
     write: Annotated[
         Path | None, typer.Option(metavar="OUT.gguf", help="Write it as GGUF, as llama-quantize reads it.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what an imatrix was computed on, and which experts it never saw; make one of calibration statistics."""
     imatrix = read_as_imatrix(file) if is_statistics(file) else read_imatrix(file)

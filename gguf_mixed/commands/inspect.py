@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from gguf_mixed.commands.output import AsJson
 from gguf_mixed.imatrix_gguf import read_imatrix
 from gguf_mixed.roles import RoleGroup, group_by_role
 from gguf_mixed.tensors import Inventory, read_inventory
@@ -22,7 +23,7 @@ def command(
     imatrix: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Check that this imatrix is of the model and covers it.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List tensors by role: size, the types llama-quantize would write, and those it would silently replace."""
     inventory = read_inventory(model)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from gguf_mixed.commands.output import AsJson
 from gguf_mixed.errors import InputError
 from gguf_mixed.imatrix import Imatrix
 from gguf_mixed.imatrix_gguf import read_imatrix, write_imatrix
@@ -37,7 +38,7 @@ def command(
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT.gguf and the imatrix output.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Remove experts from a GGUF of any types, and from its imatrix: bytes are copied, nothing is quantized again."""
     mixture = Mixture.read(model)

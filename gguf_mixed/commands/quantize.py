@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from gemma4q_kernels.ggml.quantize import Quantizers
 
+from gguf_mixed.commands.output import AsJson, show
 from gguf_mixed.engine import Engine, find_engine, prepare
 from gguf_mixed.imatrix_gguf import read_imatrix
 from gguf_mixed.overrides import read_overrides
@@ -28,6 +29,7 @@ def command(
     allow_requantize: Annotated[bool, typer.Option(help="Accept a model that is quantized already.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace OUT.gguf.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command, or what is done, and stop.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Quantize with a table, check every tensor's type and the size, and only then name the file OUT.gguf."""
     inventory = read_inventory(model)
@@ -40,15 +42,25 @@ def command(
     if isinstance(found.used, Quantizers) and found.because:
         print(f"{found.because}; using {found.used.library}", file=sys.stderr)
     writing = prepare(found, job, overrides, output, threads=threads, allow_requantize=allow_requantize)
+    report = {
+        "model": str(model),
+        "output": str(output),
+        "dry_run": dry_run,
+        "how": writing.description,
+        "bytes": job.file_bytes,
+        "bpw": job.bpw,
+        "tensors": len(job.written),
+    }
     if dry_run:
-        print(writing.description)
+        show(writing.description, report, as_json)
         return
     differences = writing.run(_say, overwrite=overwrite, progress=sys.stderr.isatty())
     if differences:
-        print("\n".join(differences))
+        show("\n".join(differences), report | {"differences": differences}, as_json)
         print(f"{partial_path(output)}: not as planned, {len(differences)} differences", file=sys.stderr)
         raise typer.Exit(1)
-    print(f"{output}: {job.file_bytes:,} bytes, {job.bpw:.3f} bpw; all {len(job.written)} tensors as planned")
+    line = f"{output}: {job.file_bytes:,} bytes, {job.bpw:.3f} bpw; all {len(job.written)} tensors as planned"
+    show(line, report | {"differences": []}, as_json)
 
 
 def _say(line: str) -> None:

@@ -78,7 +78,7 @@ def command(
 ) -> None:
     """Plan a set of sizes from one error table, and measure them; the same command again goes on where it stopped."""
     if plotted:
-        require_matplotlib()
+        require_matplotlib(", or --no-plot")
     if keep and text is None:
         raise InputError("--keep: files are written to be measured: --text FILE")
     chosen = parse_tiers(tiers, bpw)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from gguf_mixed.commands.output import AsJson, show
 from gguf_mixed.errors import InputError
 from gguf_mixed.fisher import read_fisher
 from gguf_mixed.fisher_imatrix import weigh_imatrix
@@ -15,6 +16,7 @@ def command(
     imatrix: Annotated[Path, typer.Argument(metavar="IMATRIX", help="An imatrix: GGUF, or the older .dat.")],
     fisher: Annotated[Path, typer.Argument(metavar="FISHER", help="What `gguf-mixed fisher` wrote for the model.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The imatrix to write, GGUF.")],
+    as_json: AsJson = False,
 ) -> None:
     """Write an imatrix whose channels weigh by how far they move the model's output, not by their energy alone."""
     source = read_imatrix(imatrix)
@@ -23,4 +25,6 @@ def command(
         raise InputError(f"{fisher.name}: of another model: covers no tensor of {imatrix.name}")
     write_imatrix(weighed, output)
     rest = f", {len(unchanged)} as they were ({', '.join(unchanged)})" if unchanged else ""
-    print(f"{output}: {len(source.entries) - len(unchanged)} entries weighed{rest}")
+    weighed_count = len(source.entries) - len(unchanged)
+    report = {"output": str(output), "weighed": weighed_count, "unchanged": unchanged}
+    show(f"{output}: {weighed_count} entries weighed{rest}", report, as_json)

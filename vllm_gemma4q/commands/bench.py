@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from gguf_mixed.commands.output import AsJson
 from vllm_gemma4q.benchmark.shapes import Shape, sizes_of
 from vllm_gemma4q.errors import InputError
 
@@ -37,7 +38,7 @@ def command(
     quick: Annotated[
         bool, typer.Option("--quick", help="Tiny shapes, in seconds: shows what runs here, not how fast.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Time INT8 linears beside bfloat16 on this device, by Gemma 4's shapes: medians, and ratios to bfloat16."""
     if quick and (model is not None or rows):

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
+from gguf_mixed.commands.output import AsJson
 from gguf_mixed.tasks import Where, executor
 from gguf_mixed.tasks import options as scale
 from vllm_gemma4q.checkpoint import open_checkpoint
@@ -45,7 +46,7 @@ def command(
     work: Annotated[Path | None, typer.Option(metavar="DIR", help="Work folder; STATS.work where not given.")] = None,
     workers: scale.Workers = None,
     ray: scale.Ray = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run a model over text, one layer in memory at a time, and keep statistics. Run it again to resume."""
     if ray is not None:  # other machines have another working directory

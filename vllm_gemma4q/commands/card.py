@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from gguf_mixed.atomic_file import write_file
+from gguf_mixed.commands.output import AsJson
 from gguf_mixed.sweep_plot import require_matplotlib
 from vllm_gemma4q.checkpoint import open_checkpoint
 from vllm_gemma4q.checkpoint.header import read_json
@@ -44,7 +45,7 @@ def command(
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="DST/README.md; - for standard output, without a picture."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a Hugging Face model card from the manifest and result files only. What was not measured is left out."""
     if beside:

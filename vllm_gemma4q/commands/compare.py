@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from gguf_mixed.commands.output import AsJson
 from gguf_mixed.sweep_plot import require_matplotlib
 from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.vram.engines import GIB
@@ -40,7 +41,7 @@ def command(
         str | None, typer.Option(metavar="T", help="Tokens of the request that memory is for.", show_default="4K")
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Write a picture too.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Sizes, GPU memory and quality of several models beside each other. What was not measured is said to be so."""
     if plot is not None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gguf_mixed.commands.output import AsJson
 from vllm_gemma4q.doctor import report
 from vllm_gemma4q.doctor.diagnose import Verdict, diagnose, open_patient
 from vllm_gemma4q.doctor.engines import EXLLAMAV3, LLAMA_CPP, VLLM, VLLM_STOCK, Device, Engine, parse_engine
@@ -39,7 +40,7 @@ def command(
         Path | None,
         typer.Option(metavar="FILE", help="Of a .gguf: the table it was planned with.  [default: the one beside it]"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Will it load, and what would be silently wrong? From headers: exit 0 loads, 1 fails or degrades, 2 unreadable."""
     patient = open_patient(checkpoint, base)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gguf_mixed.commands.output import AsJson
 from gguf_mixed.temporary import removed_if_killed, temporary_folder
 from vllm_gemma4q.commands import evaluate_gsm8k
 from vllm_gemma4q.commands.evaluate_report import show
@@ -45,7 +46,6 @@ LlamaFolder = Annotated[
     Path | None, typer.Option("--llama-cpp", metavar="DIR", help="Folder of llama-perplexity, which runs GGUF files.")
 ]
 Log = Annotated[Path | None, typer.Option(metavar="FILE", help="Keep what the engine prints.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 
 @app.command("perplexity")

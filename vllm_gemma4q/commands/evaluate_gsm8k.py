@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from gguf_mixed.commands.output import AsJson
 from vllm_gemma4q.errors import InputError
 
 if TYPE_CHECKING:  # scipy and openai, which only this command needs
@@ -53,7 +54,7 @@ def command(
     retries: Annotated[int, typer.Option(min=0, help="Of a request that finds no server, or an overloaded one.")] = 5,
     timeout: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="For a reply, queueing included.")] = 1800,
     log: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep what the engine of CKPT prints.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """GSM8K over the chat API, few-shot and greedy: accuracy as lm-eval scores it, against a baseline's in pairs."""
     if checkpoint is None and url is None and questions is None and shots is None:

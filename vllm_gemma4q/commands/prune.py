@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gguf_mixed.commands.output import AsJson
 from gguf_mixed.drop_map import RetainedExperts, read_drop_map, write_drop_map
 from vllm_gemma4q.calibration.statistics import read_statistics
 from vllm_gemma4q.checkpoint import Checkpoint, open_checkpoint
@@ -86,7 +87,7 @@ def command(
     max_shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Largest output file, such as 5GB, 500MB or 2GiB.")
     ] = "5GB",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Drop experts of a mixture, file to file: the ones that calibration says matter least. Run it again to resume."""
     _check_names(recipe, *(compare or []))

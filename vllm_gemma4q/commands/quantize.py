@@ -12,6 +12,7 @@ from typing import Annotated
 import torch
 import typer
 
+from gguf_mixed.commands.output import AsJson
 from gguf_mixed.tasks import Executor, Where, executor
 from gguf_mixed.tasks import options as scale
 from vllm_gemma4q.checkpoint import Checkpoint, open_checkpoint
@@ -105,7 +106,7 @@ def command(
     ] = "5GB",
     workers: scale.Workers = None,
     ray: scale.Ray = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Quantize a checkpoint file to file, a few rows in memory (exl3: a linear). Run it again to resume."""
     if ray is not None:  # other machines have another working directory

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.filesize import decimal
 
+from gguf_mixed.commands.output import AsJson
 from gguf_mixed.errors import one_line
 from vllm_gemma4q.checkpoint import open_checkpoint
 from vllm_gemma4q.checkpoint.convert import convert
@@ -27,7 +28,7 @@ def command(
     max_shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Largest output file, such as 5GB, 500MB or 2GiB.")
     ] = "5GB",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Take back from BASE what should not have been quantized, drop orphan scales, rewrite the config, verify."""
     source, original, max_bytes = open_checkpoint(quantized), open_checkpoint(base), parse_size(max_shard_size)

@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from gguf_mixed.commands.output import AsJson
 from gguf_mixed.sweep_plot import require_matplotlib
 from vllm_gemma4q.checkpoint import open_checkpoint
 from vllm_gemma4q.commands.evaluate import (
-    AsJson,
     Chunks,
     Context,
     EngineDtype,

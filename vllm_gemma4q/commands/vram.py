@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gguf_mixed.commands.output import AsJson
 from gguf_mixed.sweep_plot import require_matplotlib
 from vllm_gemma4q.benchmark.shapes import MODELS
 from vllm_gemma4q.errors import InputError
@@ -68,7 +69,7 @@ def command(
         str | None, typer.Option(metavar="SIZE", help="Activations, graphs and workspace as you measured them.")
     ] = None,
     swa_full: Annotated[bool, typer.Option("--swa-full", help="llama.cpp's option of that name.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")] = False,
+    as_json: AsJson = False,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a PNG of the table too.")] = None,
 ) -> None:
     """GPU memory for one request, by engine and version, KV cache type, context, and tensor parallelism."""
