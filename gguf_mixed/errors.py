@@ -1,5 +1,9 @@
 """The one exception that a user of `gguf-mixed` is meant to see."""
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
 _MOST = 1500
 
 
@@ -12,6 +16,19 @@ class InputError(Exception):
 
     def __str__(self) -> str:
         return one_line(super().__str__())
+
+
+class ReadError(InputError):
+    """The system does not let a file be read: unlike other bad input, this may be mended and the run resumed."""
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What the system refuses becomes one line that names the file. Raises ReadError."""
+    try:
+        yield
+    except OSError as error:
+        raise ReadError(f"{path.name}: cannot be read: {error.strerror or error}") from error
 
 
 def one_line(text: str, most: int = _MOST) -> str:

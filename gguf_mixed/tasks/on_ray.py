@@ -137,7 +137,7 @@ class OnRay:
         at_once = min(cores) if self._per_machine is None else self._per_machine
         if self._gpu:
             return {"num_cpus": max(1, min(cores) // max(gpus)), "num_gpus": 1}
-        return {"num_cpus": max(1, min(cores) // at_once)}
+        return {"num_cpus": -(-min(cores) // at_once)}  # rounded up: never more at once, which memory may not hold
 
     def _slots(self, needed: dict[str, int]) -> int:
         """Tasks that the machines of now carry out at once."""

@@ -1,5 +1,6 @@
 """A killed calibration goes on where it was and ends with the same bytes; activations may lie in memory or on disk."""
 
+import errno
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,6 +10,7 @@ import pytest
 import torch
 from calibration_runs import IN_MEMORY, SAMPLES, SPILLED, calibration
 
+from vllm_gemma4q.calibration import weights
 from vllm_gemma4q.calibration.activations import Activations, Layout, StoredActivations
 from vllm_gemma4q.calibration.calibrate import calibrate
 from vllm_gemma4q.checkpoint.run import JOURNAL
@@ -83,6 +85,30 @@ def test_interrupted_runs(text, tmp_path, limit):
     assert not list(work.glob("*.partial"))
     with pytest.raises(InputError, match=r"holds an unfinished run with another samples, tokens; remove it"):
         calibrate(calibration(KIND, text, limit=limit, samples=4), target, work)
+    assert calibrate(run, target, work)
+    assert [path.name for path in tmp_path.iterdir()] == ["statistics"]
+
+
+def test_a_checkpoint_that_cannot_be_read_for_a_moment(text, tmp_path, monkeypatch):
+    """As on a network's file system: layers that are done stay, and are not done again."""
+    run, target, work = calibration(KIND, text), tmp_path / "statistics", tmp_path / "work"
+    load = run.decoder.layer
+
+    def refused(layer):
+        if layer == 1:
+            monkeypatch.setattr(weights, "_pieces", refuse)
+        return load(layer)
+
+    def refuse(buffer):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.decoder, "layer", refused)
+        patch.setattr(weights, "_pieces", weights._pieces)
+        with pytest.raises(InputError, match=r"^model\S*: cannot be read: Input/output error$"):
+            calibrate(run, target, work)
+    monkeypatch.undo()
+    assert (work / JOURNAL).exists() and list(work.glob("*.safetensors"))
     assert calibrate(run, target, work)
     assert [path.name for path in tmp_path.iterdir()] == ["statistics"]
 

@@ -1,6 +1,8 @@
 """Interrupted, repeated, concurrent and refused runs: nothing lost, nothing half-written."""
 
+import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -116,6 +118,15 @@ def test_source_that_shrinks_under_the_reader(tmp_path):
 
 
 def test_interrupt_keeps_what_is_finished(source, unbroken, tmp_path):
+    names = interrupted(source, tmp_path / "target").keys()
+    assert JOURNAL in names
+    assert not [name for name in names if name.endswith(".partial")]
+    assert run(source, tmp_path / "target")
+    assert content(tmp_path / "target") == unbroken
+
+
+def interrupted(source, target):
+    """What a run has finished that somebody ended."""
     calls = []
 
     def interrupt(n_bytes):
@@ -124,12 +135,47 @@ def test_interrupt_keeps_what_is_finished(source, unbroken, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(source, tmp_path / "target", interrupt)
-    names = {path.name for path in (tmp_path / "target").iterdir()}
-    assert JOURNAL in names
-    assert not [name for name in names if name.endswith(".partial")]
+        run(source, target, interrupt)
+    return content(target)
+
+
+def test_a_disk_that_is_full_again_costs_nothing(source, unbroken, tmp_path, monkeypatch):
+    before = interrupted(source, tmp_path / "target")
+    assert len(before) > 1
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1))
+        with pytest.raises(InputError, match="target: disk has 1 bytes free, output needs "):
+            run(source, tmp_path / "target")
+        with pytest.raises(InputError, match="disk has 1 bytes free"):
+            run(source, tmp_path / "another")
+    assert content(tmp_path / "target") == before
+    assert not (tmp_path / "another").exists()
     assert run(source, tmp_path / "target")
     assert content(tmp_path / "target") == unbroken
+
+
+def test_a_source_that_cannot_be_read_for_a_moment(source, unbroken, tmp_path, monkeypatch):
+    """As on a network's file system: the message is of the source, and what is finished stays."""
+    before = interrupted(source, tmp_path / "target")
+
+    def refuse(*arguments):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", refuse)
+        with pytest.raises(InputError, match=r"^model-\S+: cannot be read: Stale file handle$"):
+            run(source, tmp_path / "target")
+    assert content(tmp_path / "target") == before
+    assert run(source, tmp_path / "target")
+    assert content(tmp_path / "target") == unbroken
+
+
+def test_a_target_that_leads_nowhere(source, tmp_path):
+    (tmp_path / "target").symlink_to(tmp_path / "absent")
+    with pytest.raises(InputError, match="target: cannot be written: File exists"):
+        run(source, tmp_path / "target")
+    assert not (tmp_path / "absent").exists()
 
 
 @pytest.mark.parametrize("target", ["inside/deeper", ".", ".."])

@@ -63,8 +63,9 @@ def refused(ended, told: str = "") -> str:
 
 
 @pytest.mark.slow
-def test_a_full_disk(server, case: Case, expected, disk):
-    """Half of what is needed: one line, nothing half-written under its name; with more room, the same bytes."""
+def test_a_full_disk(server, case: Case, expected, events_and_files, disk):
+    """Half of what is needed: one line, nothing half-written under its name; with more room, the same bytes. A killed
+    run that goes on where there is no room at all loses nothing."""
     if disk is None:
         pytest.skip("no tmpfs may be mounted here; a limit on sizes is tested below")
     remount(disk, f"size={GROWN}")
@@ -72,6 +73,14 @@ def test_a_full_disk(server, case: Case, expected, disk):
     half = sum(map(len, expected.values())) // 2
     remount(disk, f"size={shutil.disk_usage(disk).used + max(PAGE, half // PAGE * PAGE)}")
     check_stopped(server.run(case, folder), case, folder, expected)
+    remount(disk, f"size={GROWN}")
+    if server.run(case, folder, at=max(1, events_and_files[0] * 3 // 4)).status == -signal.SIGKILL:
+        server.check_nothing_left(folder)
+        before = snapshot(folder)
+        remount(disk, f"size={shutil.disk_usage(disk).used}")
+        if server.run(case, folder).status:
+            gone = {name for name in before.keys() - snapshot(folder).keys() if name in expected}
+            assert not gone, gone
     remount(disk, f"size={GROWN}")
     must_succeed(server.run(case, folder))
     check_same(snapshot(folder), expected, f"{case}")

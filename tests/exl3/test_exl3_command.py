@@ -1,6 +1,7 @@
 """`gemma4q quantize --scheme exl3` as users run it: options, JSON, refusals in one line. tests/crash kills it."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from synthetic import write_checkpoint
 
 from vllm_gemma4q.checkpoint import open_checkpoint
+from vllm_gemma4q.checkpoint.convert import convert
 from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.exl3.quantize import Options, plan
 
@@ -35,7 +37,7 @@ def made(tmp_path_factory):
         (["--scheme", "exl3", "--no-hessian"], "--bits is missing, expected 1 to 8, such as 3.5"),
         (EXL3, "--statistics is missing, expected what gemma4q calibrate --hessians wrote"),
         ([*EXL3, "--no-hessian", "--statistics", "hessians"], "--no-hessian: got --statistics hessians too"),
-        ([*EXL3, "--statistics", "absent"], "absent: cannot be read as a statistics file"),
+        ([*EXL3, "--statistics", "absent"], "absent: cannot be read: No such file or directory"),
         ([*EXL3, "--statistics", "without"], "down_proj: missing, expected what gemma4q calibrate --hessians wrote"),
         (["--scheme", "exl3", "--bits", "8.1", "--no-hessian"], "bits: got 8.1, expected 1 to 8"),
         ([*EXL3, "--no-hessian", "--head-bits", "9"], "head bits: got 9, expected 1 to 8, or 16 to leave it"),
@@ -97,6 +99,27 @@ def test_statistics_that_lack_a_hessian(made, tmp_path, without, change, message
     write_hessians(made / "source", tmp_path / "statistics", without, change)
     with pytest.raises(InputError, match=message):
         plan(open_checkpoint(made / "source"), Options(4), tmp_path / "statistics")
+
+
+def test_statistics_that_are_gone_for_a_moment(made, tmp_path):
+    """As with a network's file system: what is finished stays, and the same command goes on."""
+    shutil.copy(made / "hessians", tmp_path / "hessians")
+    planned = plan(open_checkpoint(made / "source"), Options(1), tmp_path / "hessians", 100_000)
+    whole = tmp_path / "whole"
+    assert convert(planned, whole, ["test"], lambda _: None)
+
+    def lose(n_bytes):
+        if (tmp_path / "hessians").exists() and list((tmp_path / "target").glob("*.safetensors")):
+            (tmp_path / "hessians").rename(tmp_path / "elsewhere")
+
+    with pytest.raises(InputError, match="hessians: cannot be read: No such file or directory"):
+        convert(planned, tmp_path / "target", ["test"], lose)
+    (tmp_path / "elsewhere").rename(tmp_path / "hessians")
+    left = {path.name for path in (tmp_path / "target").glob("*.safetensors")}
+    assert left and left < {path.name for path in whole.iterdir()}
+    assert convert(planned, tmp_path / "target", ["test"], lambda _: None)
+    for path in whole.iterdir():
+        assert (tmp_path / "target" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_a_head_that_stays_needs_no_hessian(made, tmp_path):

@@ -36,7 +36,7 @@ from safetensors.numpy import save
 
 from gguf_mixed import strict_json
 from gguf_mixed.atomic_file import write_file
-from vllm_gemma4q.errors import InputError
+from vllm_gemma4q.errors import InputError, reading
 
 Array = npt.NDArray[Any]
 
@@ -165,7 +165,7 @@ class Statistics:
         name = f"{self._stored(module)}.{HESSIAN}"
         if name not in self._names:
             return None
-        with safe_open(self.path, "numpy") as file:
+        with reading(self.path), safe_open(self.path, "numpy") as file:
             return tuple(file.get_slice(name).get_shape())
 
     def routing(self, experts: str) -> Routing:
@@ -195,9 +195,9 @@ class Statistics:
 
     def _tensor(self, name: str, dtype: str | None = None) -> Array:
         try:
-            with safe_open(self.path, "numpy") as file:
+            with reading(self.path), safe_open(self.path, "numpy") as file:
                 array: Array = file.get_tensor(name)
-        except (OSError, SafetensorError, ValueError) as error:  # of numpy: a shape with 0 too large without it
+        except (SafetensorError, ValueError) as error:  # of numpy: a shape with 0 too large without it
             raise InputError(f"{self.path.name}: tensor {name}: cannot be read: {error}") from error
         if dtype is not None and array.dtype != dtype:
             raise InputError(f"{self.path.name}: tensor {name}: got {array.dtype}, expected {dtype}")
@@ -211,9 +211,9 @@ def read_statistics(path: Path) -> Statistics:
         InputError: unreadable, truncated, of another kind, or a linear without all its arrays.
     """
     try:
-        with safe_open(path, "numpy") as file:
+        with reading(path), safe_open(path, "numpy") as file:
             metadata, names = file.metadata() or {}, frozenset(file.keys())
-    except (OSError, SafetensorError) as error:
+    except SafetensorError as error:
         raise InputError(f"{path.name}: cannot be read as a statistics file: {error}") from error
     if metadata.get("format") != FORMAT:
         raise InputError(f"{path.name}: got format {metadata.get('format')}, expected {FORMAT}")

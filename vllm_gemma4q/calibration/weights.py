@@ -12,7 +12,7 @@ import torch
 
 from vllm_gemma4q.architecture import is_fused_experts
 from vllm_gemma4q.checkpoint import Checkpoint, TensorInfo
-from vllm_gemma4q.errors import InputError
+from vllm_gemma4q.errors import InputError, reading
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
@@ -91,17 +91,12 @@ def _assign(module: torch.nn.Module, name: str, values: torch.Tensor) -> None:
 
 def _read_into(path: Path, offset: int, values: torch.Tensor, name: str) -> None:
     buffer = memoryview(values.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
-    try:
-        with path.open("rb", buffering=0) as file:
-            file.seek(offset)
-            for part in _pieces(buffer):
-                n_read = file.readinto(part)
-                if n_read != len(part):
-                    raise InputError(
-                        f"tensor {name}: {path.name} ended early: got {n_read}, expected {len(part)} bytes"
-                    )
-    except OSError as error:
-        raise InputError(f"{path.name}: cannot be read: {error.strerror}") from error
+    with reading(path), path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        for part in _pieces(buffer):
+            n_read = file.readinto(part)
+            if n_read != len(part):
+                raise InputError(f"tensor {name}: {path.name} ended early: got {n_read}, expected {len(part)} bytes")
 
 
 def _pieces(buffer: memoryview, n_bytes: int = 1 << 26) -> Iterator[memoryview]:

@@ -14,7 +14,7 @@ import mmap
 import os
 from pathlib import Path
 
-from vllm_gemma4q.errors import InputError
+from vllm_gemma4q.errors import InputError, reading
 
 _ALIGNMENT = 4096
 _WRITE_BYTES = 4 << 20
@@ -36,7 +36,8 @@ class DirectReader:
 
     def __init__(self, path: Path):
         self._path = path
-        self._descriptor = _open(path, os.O_RDONLY)
+        with reading(path):
+            self._descriptor = _open(path, os.O_RDONLY)
 
     @property
     def size(self) -> int:
@@ -46,8 +47,15 @@ class DirectReader:
         """The bytes from `start` to `stop`, somewhere in `buffer` (of `aligned_buffer(stop - start)` or larger).
 
         Raises:
-            InputError: the file ends before `stop`.
+            InputError: the file ends before `stop`; ReadError: the system refuses.
         """
+        with reading(self._path):
+            return self._read(start, stop, buffer)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def _read(self, start: int, stop: int, buffer: mmap.mmap) -> memoryview:
         lead = start % _ALIGNMENT
         begin, wanted = start - lead, stop - start + lead
         view = memoryview(buffer)[: _round_up(wanted)]
@@ -62,9 +70,6 @@ class DirectReader:
                 raise InputError(f"{self._path.name}: truncated while it was read, at byte {begin + filled}")
             filled += count
         return view[lead:wanted]
-
-    def close(self) -> None:
-        os.close(self._descriptor)
 
 
 class DirectWriter:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from gguf_mixed import strict_json
-from vllm_gemma4q.errors import InputError
+from vllm_gemma4q.errors import InputError, reading
 
 DTYPE_BYTES: Mapping[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -63,7 +63,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         InputError: the file is truncated, its header is not valid, a key is repeated, a dtype is unknown, or
             tensors overlap, leave holes, or disagree with their shapes.
     """
-    try:
+    with reading(path):
         size = _size_of_file(path)
         with path.open("rb") as file:
             prefix = file.read(_LENGTH.size)
@@ -71,8 +71,6 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             if not 2 <= length <= min(MAX_HEADER_BYTES, size - _LENGTH.size):
                 raise InputError(f"{path.name}: truncated or not safetensors: header of {length} bytes in {size}")
             text = file.read(length)
-    except OSError as error:
-        raise InputError(f"{path.name}: cannot be read: {error.strerror}") from error
     try:
         header = strict_json.parse(text)
     except ValueError as error:
@@ -106,12 +104,12 @@ def read_json(path: Path) -> dict[str, Any]:
         InputError: unreadable, not JSON, not an object, or with a repeated key.
     """
     try:
-        size = _size_of_file(path)
-        if size > strict_json.MAX_BYTES:
-            raise InputError(f"{path.name}: {size:,} bytes, expected at most {strict_json.MAX_BYTES:,}")
-        value = strict_json.parse(path.read_bytes())
-    except OSError as error:
-        raise InputError(f"{path.name}: cannot be read: {error.strerror}") from error
+        with reading(path):
+            size = _size_of_file(path)
+            if size > strict_json.MAX_BYTES:
+                raise InputError(f"{path.name}: {size:,} bytes, expected at most {strict_json.MAX_BYTES:,}")
+            content = path.read_bytes()
+        value = strict_json.parse(content)
     except ValueError as error:
         raise InputError(f"{path.name}: not valid JSON: {error}") from error
     if not isinstance(value, dict):

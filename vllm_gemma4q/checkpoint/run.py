@@ -7,7 +7,6 @@ So a kill at any moment leaves a folder that the same command completes, with th
 """
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -19,23 +18,19 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from gguf_mixed import strict_json
-from gguf_mixed.atomic_file import WriteError, flush
+from gguf_mixed.atomic_file import WriteError, flush, refusals
 from gguf_mixed.tasks import TaskLost
 from vllm_gemma4q.checkpoint.direct_io import DirectWriter
 from vllm_gemma4q.checkpoint.hashing import HashingWriter
 from vllm_gemma4q.checkpoint.header import read_json
-from vllm_gemma4q.errors import InputError
+from vllm_gemma4q.errors import InputError, ReadError
 
 JOURNAL = ".gemma4q-run.jsonl"
 MANIFEST = "gemma4q-manifest.json"
 _PARTIAL = ".partial"
-_REFUSALS = frozenset(
-    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOTDIR}
-)
-
 
 # Of bad input, what says nothing against what is finished.
-RESUMABLE = (WriteError, TaskLost)
+RESUMABLE = (WriteError, ReadError, TaskLost)
 
 
 @dataclass(frozen=True)
@@ -80,7 +75,7 @@ class Run:
 
     def __enter__(self) -> Self:
         try:
-            with _as_input_error(self.target):
+            with refusals(self.target):
                 self._create_folder()
                 self._open_journal()
                 self._drop_partial()
@@ -102,11 +97,11 @@ class Run:
         self._journal.close()
 
     def require_space(self, n_bytes: int) -> None:
-        """Raises InputError when the target's disk has less room than the shards still to be written need."""
+        """Raises WriteError when the target's disk has less room than the shards still to be written need."""
         free = shutil.disk_usage(self.target).free
         needed = n_bytes - sum(file.n_bytes for file in self.finished.values())
         if needed > free:
-            raise InputError(f"{self.target}: disk has {free:,} bytes free, output needs {needed:,}")
+            raise WriteError(f"{self.target}: disk has {free:,} bytes free, output needs {needed:,}")
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[HashingWriter]:
@@ -117,7 +112,7 @@ class Run:
 
     def publish(self, file: FinishedFile, attempt: str = "") -> None:
         """Give a file its name that `writing_partial` has written, under the same `attempt`, here or elsewhere."""
-        with _as_input_error(self.target / file.name):
+        with refusals(self.target / file.name):
             _partial(self.target, file.name, attempt).replace(self.target / file.name)
             flush(self.target)
         self.finished[file.name] = file
@@ -193,7 +188,7 @@ class Run:
 
     def _append(self, value: Mapping[str, Any]) -> None:
         assert self._journal is not None
-        with _as_input_error(self.target / JOURNAL):
+        with refusals(self.target / JOURNAL):
             self._journal.write(json.dumps(value, sort_keys=True).encode() + b"\n")
             self._journal.flush()
             os.fsync(self._journal.fileno())
@@ -220,7 +215,7 @@ def writing_partial(target: Path, name: str, attempt: str = "") -> Iterator[Hash
     left of those that were killed over this file goes when another begins.
     """
     partial = _partial(target, name, attempt)
-    with _as_input_error(target / name):
+    with refusals(target / name):
         try:
             for left in target.glob(f"{name}.*{_PARTIAL}"):
                 left.unlink(missing_ok=True)
@@ -251,14 +246,3 @@ def _changed_keys(before: Any, after: Mapping[str, Any]) -> str:
     if not isinstance(before, dict):
         return "identity"
     return ", ".join(sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key)))
-
-
-@contextlib.contextmanager
-def _as_input_error(path: Path) -> Iterator[None]:
-    """An operating system's refusal to write is the user's to mend: say which file and why, in one line."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _REFUSALS:
-            raise
-        raise WriteError(f"{path}: cannot be written: {error.strerror}") from error

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from gguf_mixed.atomic_file import WriteError
+from gguf_mixed.atomic_file import WriteError, refusals
 from gguf_mixed.tasks import Attempt, Executor
 from vllm_gemma4q.checkpoint.hashing import HashingReader
 from vllm_gemma4q.checkpoint.rewrite import Progress, write_shard
 from vllm_gemma4q.checkpoint.run import FinishedFile, Run, writing_partial
 from vllm_gemma4q.checkpoint.steps import Shard
+from vllm_gemma4q.errors import reading
 
 _DISTRIBUTIONS = ("vllm-gemma4q", "torch", "numpy", "numba")
 
@@ -115,8 +116,9 @@ def require_same_files(workers: Executor, target: Path, reads: Iterable[Path], a
     """
     secret = uuid4().hex
     token = target / f".gemma4q-{secret}.partial"
-    sizes = {path: path.stat().st_size for path in sorted(reads)}
-    token.write_text(secret)
+    sizes = {path: _size_of(path) for path in sorted(reads)}
+    with refusals(token):
+        token.write_text(secret)
     try:
         answers = workers.on_each_machine(_look, _Look(token, secret, sizes, _versions(also)))
     finally:
@@ -124,6 +126,11 @@ def require_same_files(workers: Executor, target: Path, reads: Iterable[Path], a
     for machine, complaint in answers.items():
         if complaint:
             raise WriteError(f"machine {machine}: {complaint}")
+
+
+def _size_of(path: Path) -> int:
+    with reading(path):
+        return path.stat().st_size
 
 
 def _look(wanted: _Look) -> str:
