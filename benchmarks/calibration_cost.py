@@ -170,7 +170,7 @@ def main() -> None:
         table = run(folder, arguments.layers, arguments.samples, arguments.length)
     result = {
         "date": datetime.date.today().isoformat(),
-        "machine": {"cpus": os.cpu_count(), "threads": arguments.threads, "system": platform.platform()},
+        "machine": {"cpus": os.cpu_count(), "threads": arguments.threads, "system": platform.system()},
         "versions": {name: metadata.version(name) for name in ("vllm-gemma4q", "torch", "transformers", "accelerate")},
         "source_bytes": source_bytes,
         "samples": arguments.samples,

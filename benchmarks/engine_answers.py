@@ -21,7 +21,6 @@ from vllm_gemma4q.calibration.texts import load_tokenizer  # noqa: E402
 MODELS = ROOT / "examples" / "small_gemma4"
 CHECKS = Path(__file__).with_name("engine_checks.py")
 GEMMA4Q = Path(sys.executable).with_name("gemma4q")
-KEPT_EXPERTS = 12
 # Mean KLD in nats from the same checkpoint under the locked version: another version's kernels add in another order.
 SAME = 0.005
 

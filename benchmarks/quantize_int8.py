@@ -132,7 +132,7 @@ def main() -> None:
     table = summarize(runs, source_bytes)
     result = {
         "date": datetime.date.today().isoformat(),
-        "machine": {"cpus": os.cpu_count(), "processor": _processor(), "system": platform.platform()},
+        "machine": {"cpus": os.cpu_count(), "processor": _processor(), "system": platform.system()},
         "versions": {name: metadata.version(name) for name in ("vllm-gemma4q", "torch")},
         "source_bytes": source_bytes,
         "cold_page_cache": all(result["cold"] for results in runs.values() for result in results),

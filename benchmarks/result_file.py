@@ -26,7 +26,7 @@ def on_this_cpu(loaded: bool, *packages: str) -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "loaded": loaded,
-        "machine": {**device_facts(torch.device("cpu")), "system": platform.platform()},
+        "machine": {**device_facts(torch.device("cpu")), "system": platform.system()},
         "versions": {**versions(), **{name: metadata.version(name) for name in packages}},
     }
 

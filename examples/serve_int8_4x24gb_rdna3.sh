@@ -12,8 +12,8 @@
 #             read 0.75. So about 31 full sequences at once; 8192 is a choice, not the limit of the memory.
 #
 # Kernels: RDNA3 has no AITER, so vLLM's automatic choice for INT8 is TritonInt8ScaledMMLinearKernel.
-# `--linear-backend triton` asks for the same by name: then nothing else is taken for INT8 should a later vLLM
-# or an environment variable change the automatic choice. Other layers keep the automatic choice either way.
+# `--linear-backend triton` would take this package's Triton kernels instead (not measured); together with
+# GEMMA4Q_INT8_KERNELS=0 it names vLLM's own. Other layers keep the automatic choice either way.
 # FP8 KV (`--kv-cache-dtype fp8`) is not set: these cards have no FP8 units and the memory is not needed.
 #
 # Checked by tests: these sizes, from the published configuration; the flags, with vLLM 0.32's own parser.

@@ -26,7 +26,8 @@ EXIT_INTERRUPTED = 130
 
 app = typer.Typer(
     name="gguf-mixed",
-    help="Mixed GGUF quantization of Gemma 4: what llama-quantize would write, tensor by tensor.",
+    help="Mixed GGUF quantization of Gemma 4: what llama-quantize would write, tensor by tensor. "
+    "With --debug anywhere, bad input shows its traceback.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

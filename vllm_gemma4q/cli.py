@@ -24,7 +24,7 @@ def application(names: tuple[str, ...] = COMMANDS) -> typer.Typer:
     """The command with those of its subcommands."""
     app = typer.Typer(
         name="gemma4q",
-        help="Quantize, prove and serve Gemma 4.",
+        help="Quantize, prove and serve Gemma 4. With --debug anywhere, bad input shows its traceback.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,

@@ -16,6 +16,8 @@ ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text()
 GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 GUIDE = "\n".join(page.read_text() for page in GUIDES)
 
+NO_REPORT = {"gemma4q tune", "gguf-mixed modelfile"}  # what they write is for machines itself
+
 
 def commands():
     for name, app in (("gemma4q", vllm_gemma4q.cli.application()), ("gguf-mixed", gguf_mixed.cli.app)):
@@ -35,6 +37,15 @@ def test_every_command_explains_itself(command):
     result = CliRunner().invoke(app, [sub, "--help"])
     assert result.exit_code == 0
     assert "Usage" in result.output
+
+
+@pytest.mark.parametrize("command", [name for name in commands() if name not in NO_REPORT])
+def test_every_command_that_reports_does_so_to_machines(command):
+    name, sub = command.split()
+    app = typer.main.get_command(vllm_gemma4q.cli.application((sub,)) if name == "gemma4q" else gguf_mixed.cli.app)
+    found = app.commands[sub]
+    for each in getattr(found, "commands", {sub: found}).values():
+        assert any("--json" in option.opts for option in each.params), each.name
 
 
 def test_every_documented_command_exists():

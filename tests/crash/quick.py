@@ -10,12 +10,10 @@ The real ones are killed in tests/exl3, test_engine_killed.py and `test_real_wor
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-
-Started = Callable[[int], None]
 
 
 def patch() -> None:

@@ -41,7 +41,7 @@ TEXTS = {"calibration": 30_000, "held-out": 12_000, "code": 12_000, "math": 12_0
 # What another test or nothing here can run, and why.
 NOT_RUN = {
     r"make \w+": "what CI and a newcomer run from a clean clone",
-    r"pip install \.": "tests/packaging installs what is built",
+    r"pip install '\.": "tests/packaging installs what is built",
     r"gemma4q evaluate perplexity": "what the next line does, and tests/evaluation",
     r"gemma4q sweep": "tests/exl3 sweeps, for minutes",
     r"gemma4q tune": "needs a GPU",

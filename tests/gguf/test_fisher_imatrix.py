@@ -1,5 +1,7 @@
 """Importance matrices weighed by Fisher information: what changes, what stays, and that errors fall."""
 
+import json
+
 import numpy as np
 import pytest
 from gemma4q_kernels.ggml import GGMLQuantizationType
@@ -67,6 +69,8 @@ def test_command(tmp_path):
     finished = CliRunner().invoke(app, [*arguments, str(tmp_path / "w.gguf")])
     assert "1 entries weighed, 1 as they were (blk.0.attn_q.weight)" in finished.output
     assert read_imatrix(tmp_path / "w.gguf") == weigh_imatrix(imatrix(), fisher())[0]
+    report = json.loads(CliRunner().invoke(app, [*arguments, str(tmp_path / "w.gguf"), "--json"]).output)
+    assert report == {"output": str(tmp_path / "w.gguf"), "weighed": 1, "unchanged": ["blk.0.attn_q.weight"]}
     write_fisher(tmp_path / "f.safetensors", Fisher({}, 10))
     with pytest.raises(InputError, match="f.safetensors: of another model"):
         CliRunner().invoke(app, [*arguments, str(tmp_path / "x.gguf")], catch_exceptions=False)

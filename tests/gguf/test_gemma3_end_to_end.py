@@ -31,7 +31,8 @@ def model(llama_quantize):
 def test_a_plan_is_written_verified_and_better_than_the_mix_of_its_size(model, held_out_text, tmp_path):
     imatrix, text = tmp_path / "imatrix.gguf", tmp_path / "text.txt"
     text.write_text("\n\n".join(corpus.training_sections()), encoding="utf-8")
-    ok("compute-imatrix", model, "-o", imatrix, "--text", text, "--chunks", 8, "--no-output")
+    computed = ok("compute-imatrix", model, "-o", imatrix, "--text", text, "--chunks", 8, "--no-output", "--json")
+    assert json.loads(computed.stdout).items() >= {"output": str(imatrix), "chunks": 8}.items()
     given = ("--imatrix", imatrix)
     stock, ours = tmp_path / "stock.gguf", tmp_path / "ours.gguf"
     ok("plan", model, "--recipe", f"stock-{MIX}", *given, "-o", tmp_path / "stock.txt")

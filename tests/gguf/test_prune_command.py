@@ -162,8 +162,26 @@ def test_the_pruned_model_is_planned_quantized_and_verified(run, folder):
     run(*arguments(folder, *with_imatrix(folder)))
     data, table = ["--imatrix", folder / "o.gguf"], folder / "table.txt"
     run("plan", folder / "out.gguf", "--recipe", "cd-q4_k_m", "-o", table, *data)
-    run("quantize", folder / "out.gguf", folder / "q.gguf", "--overrides", table, "--engine", "ggml", *data)
+    given = [
+        "quantize",
+        folder / "out.gguf",
+        folder / "q.gguf",
+        "--overrides",
+        table,
+        "--engine",
+        "ggml",
+        *data,
+        "--json",
+    ]
+    dry, done = (json.loads(run(*given, *more).stdout) for more in (["--dry-run"], []))
+    size = (folder / "q.gguf").stat().st_size
+    assert (done["bytes"], done["tensors"], done["differences"], done["dry_run"]) == (size, 14, [], False)
+    assert dry == {key: value for key, value in done.items() if key != "differences"} | {"dry_run": True}
     assert "all 14 tensors and the size are as planned" in run("verify", folder / "q.gguf", table).stdout
+    report = {"model": str(folder / "q.gguf"), "tensors": 14, "differences": []}
+    assert json.loads(run("verify", folder / "q.gguf", table, "--json").stdout) == report
+    other = json.loads(run("verify", folder / "out.gguf", table, "--json", code=1).stdout)
+    assert other["tensors"] == 14 and other["differences"]
     finished = run("plan", folder / "out.gguf", "--recipe", "rank15", "-o", table, *with_imatrix(folder)[:2], code=2)
     assert "imatrix is of another model: tensor blk." in finished.stderr
 

@@ -46,7 +46,10 @@ def material(llama_quantize, small_gguf, tmp_path_factory):
             ok("compute-imatrix", model, "-o", imatrix, "--chunks", 100, "--context", CONTEXT, *text)
             checkpoint = ROOT / "examples" / "small_gemma4" / kind
             size = ["--passes", 16, "--length", 256, "--raw"]
-            ok("fisher", model, "-o", fisher, "--checkpoint", checkpoint, *size, *text)
+            report = json.loads(
+                ok("fisher", model, "-o", fisher, "--checkpoint", checkpoint, *size, *text, "--json").stdout
+            )
+            assert report["output"] == str(fisher) and report["positions"] > report["tensors"] > 0
         return [model, "--imatrix", imatrix, "--sensitivity", fisher, "--cache", folder / f"{kind}.cache"]
 
     return make

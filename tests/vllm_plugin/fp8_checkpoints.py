@@ -17,7 +17,6 @@ E4M3 = torch.float8_e4m3fn
 LAYERS = "model.language_model.layers."
 _LINEAR = re.compile(r"^model\.language_model\.layers\.\d+\.(?:self_attn|mlp)\.[a-z]+_proj\.weight$")
 _EXPERTS = re.compile(r"^(model\.language_model\.layers\.\d+\.experts)\.(gate_up_proj|down_proj)$")
-IGNORED_TOWER = "model.vision_tower"
 
 
 def observe(folder: Path, texts: Sequence[str]) -> dict[str, float]:
