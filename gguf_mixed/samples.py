@@ -6,7 +6,7 @@ without a template, or `raw=True`, get the plain text after the first token.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def cut_samples(tokenizer: Any, text: str, n_samples: int, length: int, raw: boo
     """`n_samples` lists of at most `length` token ids, spread evenly over the text.
 
     Raises:
-        InputError: the text has too few tokens, or `length` leaves none for it.
+        InputError: the text has too few tokens, `length` leaves none for it, or the chat template is broken.
     """
     framed = is_framed(tokenizer, raw)
     room = length - (len(_frame(tokenizer, [], [])) if framed else 1)
@@ -63,6 +63,15 @@ def is_framed(tokenizer: Any, raw: bool) -> bool:
     return bool(getattr(tokenizer, "chat_template", None)) and not raw
 
 
+def in_template(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> str:
+    """A chat as its model's template writes it. Raises InputError: the template is broken."""
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except Exception as error:  # Jinja's own errors, and whatever the template's code meets
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"tokenizer: its chat template fails: {reason}") from error
+
+
 def describe_text(paths: Sequence[Path]) -> list[dict[str, object]]:
     """Names and hashes, for provenance."""
     return [{"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()} for path in paths]
@@ -73,5 +82,4 @@ def _frame(tokenizer: Any, user: list[int], assistant: list[int]) -> list[int]:
         {"role": "user", "content": tokenizer.decode(user)},
         {"role": "assistant", "content": tokenizer.decode(assistant)},
     ]
-    framed = tokenizer.apply_chat_template(messages, tokenize=False)
-    return list(tokenizer.encode(framed, add_special_tokens=False))
+    return list(tokenizer.encode(in_template(tokenizer, messages), add_special_tokens=False))

@@ -223,7 +223,7 @@ def cases(made: Path, url: str) -> list[Case]:
         gemma4q(
             "gemma4q sweep", "sweep", made / "tiny", "folder", "--bits", 4, "--head-bits", 16, "--no-hessian",
             *evaluated, "--framing", "raw", rewritten=["folder/results.json"],
-            work=["folder/engine.log", "folder/reference.logits", "folder/other.logits"],
+            work=["folder/engine.log"],
         ),
         gemma4q(
             "prune --drop-map-output", "prune", made / "mixture", "target", *at_random, 3, "--drop-map-output",

@@ -101,9 +101,8 @@ class Server:
     def _left(self, folder: Path) -> list[str]:
         """Names of temporary files, and command lines of programs that have the runs' environment."""
         setting = f"TMPDIR={self.temporary}".encode()
-        found = [
-            path.name for path in [*self.temporary.iterdir(), *folder.glob(f"{TEMPORARY}*")] if not _is_trial(path)
-        ]
+        within = [*folder.glob(f"{TEMPORARY}*"), *folder.glob(f"*/{TEMPORARY}*/")]
+        found = [path.name for path in [*self.temporary.iterdir(), *within] if not _is_trial(path)]
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 if any(each.startswith(setting) for each in (process / "environ").read_bytes().split(b"\0")):
@@ -267,6 +266,12 @@ class Campaign:
         return f"{self.case}, seed {self.seed}, kill {self.kills}, run {self.finished} after {', '.join(self.moments)}"
 
 
+def _is_temporary(name: str) -> bool:
+    """A file of that name, or one in a folder of that name: manifests begin alike."""
+    *folders, _ = name.split("/")
+    return name.startswith(TEMPORARY) or any(folder.startswith(TEMPORARY) for folder in folders)
+
+
 def check_same(found: Files, expected: Files, told: str = "") -> None:
     """Assert that two folders hold the same, and say what differs instead of printing it."""
     others = sorted(found.keys() ^ expected.keys())
@@ -281,7 +286,7 @@ def check_unfinished(case: Case, folder: Path, expected: Files, told: str) -> No
     for name, content in found.items():
         if name.endswith((".partial", ".partial.gguf", JOURNAL, "/")):
             continue
-        if name.startswith(TEMPORARY) or name in case.work or name.split("/")[0] in case.work:
+        if _is_temporary(name) or name in case.work or name.split("/")[0] in case.work:
             continue
         if name in case.replaced and content == b"what was here before":
             continue

@@ -127,6 +127,10 @@ def test_bad_options(gsm8k, files, tmp_path, monkeypatch):
         (("--url", "http://x/v1", *out, *files[:2]), "error: --shots: missing: nothing is downloaded"),
         (("--url", "http://x/v1", "--serve-flag=--a", *out, *files), "--serve-flag: got also --url"),
         (("--url", "localhost:8000", *out, *files), "--url: got localhost:8000, expected http://HOST:PORT/v1"),
+        *(
+            (("--url", url, *out, *files), f"error: --url: got {url}, expected http://HOST:PORT/v1")
+            for url in ("http://localhost:abc/v1", "http://localhost:99999/v1", "http:///v1", "http://[zz]/v1")
+        ),
         ((str(tmp_path), "--model", "a", *out, *files), "--model: got also CKPT"),
         ((str(tmp_path / "none"), *out, *files), "none"),
     ]

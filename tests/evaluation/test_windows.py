@@ -1,5 +1,6 @@
 """Which tokens are predicted: llama-perplexity's chunks, and answers in the chat template."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,14 @@ def test_no_chat_template(tokenizer):
 def test_a_window_predicts_what_it_has(first, last):
     with pytest.raises(ValueError, match="window of 4 tokens"):
         Window([1, 2, 3, 4], first, last)
+
+
+def test_a_broken_template(gemma4q, tmp_path):
+    """Of any model, so it is told in one line."""
+    folder, text = tmp_path / "model", tmp_path / "text.txt"
+    shutil.copytree(MODEL, folder)
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('Conversation roles must alternate') }}")
+    text.write_text(TEXT)
+    given = ("evaluate", "perplexity", folder, "--text", text, "--engine", "transformers", "--context", 64)
+    message = "error: tokenizer: its chat template fails: TemplateError: Conversation roles must alternate\n"
+    assert gemma4q(*given) == (2, "", message)

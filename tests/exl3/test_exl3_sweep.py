@@ -48,7 +48,7 @@ def test_a_sweep(folder):
     assert 1e-4 < kld["mean_kld"] < 0.05  # three bits cost 0.03, eight 0.0002
     assert abs(ppl["value"] / results["reference"]["perplexity"]["raw"]["value"] - 1) < 0.05
     assert (folder / "sweep" / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    assert not list((folder / "sweep").glob("*.logits"))
+    assert not list((folder / "sweep").glob("gemma4q-*"))
 
     log = (folder / "sweep" / "engine.log").read_bytes()
     assert log and KILLED not in log

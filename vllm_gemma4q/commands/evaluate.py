@@ -6,9 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from uuid import uuid4
 
 import typer
 
+from gguf_mixed.atomic_file import refusals
 from gguf_mixed.commands.output import AsJson
 from gguf_mixed.temporary import removed_if_killed, temporary_folder
 from vllm_gemma4q.commands import evaluate_gsm8k
@@ -67,7 +69,8 @@ def perplexity_command(
     settings = Settings(engine, dtype, ranks, device.value, llama_cpp)
     with engine_log(log) as output:
         protocol = load(checkpoints, text, framing, context, chunks, settings, output)
-        found = {str(path): {**_identity(path), **protocol.run(path, output).to_json()} for path in checkpoints}
+        identities = {path: _identity(path) for path in checkpoints}  # of all, before the first takes hours
+        found = {str(path): {**identities[path], **protocol.run(path, output).to_json()} for path in checkpoints}
     show({"protocol": protocol.to_json(), "checkpoints": found}, as_json)
 
 
@@ -99,6 +102,7 @@ def divergence_command(
     settings = Settings(engine, dtype, ranks, device.value, llama_cpp)
     with engine_log(log) as output, temporary_folder(place=work) as folder:
         protocol = load([reference, *checkpoints], text, framing, context, chunks, settings, output)
+        protocol.check_room(reference, checkpoints, folder.parent, "another --work")
         files = folder / "reference", folder / "other"
         result = _diverge(protocol, reference, checkpoints, noise_floor, files, output)
     show(result, as_json)
@@ -117,27 +121,34 @@ def _diverge(
     from vllm_gemma4q.evaluation.noise import exact_engine
 
     exact = exact_engine(reference, protocol.settings) if noise_floor else None
+    identities = {path: _identity(path) for path in (reference, *checkpoints)}  # of all, before the first takes hours
     base = protocol.run(reference, log, files[0])
     result: dict[str, Any] = {"protocol": protocol.to_json(), "reference": str(reference)}
-    found = {str(reference): {**_identity(reference), **base.to_json()}}
+    found = {str(reference): {**identities[reference], **base.to_json()}}
     if exact is not None:
         result["noise_floor"] = by_name(protocol.compare(base, protocol.run(reference, log, files[1], exact)))
     for path in checkpoints:
         other = protocol.run(path, log, files[1])
-        found[str(path)] = {**_identity(path), **other.to_json(protocol.compare(base, other))}
+        found[str(path)] = {**identities[path], **other.to_json(protocol.compare(base, other))}
     return {**result, "checkpoints": found}
 
 
 @contextmanager
 def engine_log(given: Path | None) -> Iterator[Path]:
-    """Where the engine prints to: a file of the user's, or one that a failure leaves if anything is in it."""
+    """Where the engine prints to: a file of the user's, or one that a failure leaves if anything is in it.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
     if given is not None:
-        given.write_bytes(b"")
+        with refusals(given):
+            given.write_bytes(b"")
         yield given
         return
-    path = Path(tempfile.gettempdir(), f"gemma4q-engine-{os.getpid()}.log")
-    with removed_if_killed(path):
-        path.write_bytes(b"")
+    path = Path(tempfile.gettempdir(), f"gemma4q-engine-{uuid4().hex[:12]}.log")
+    with removed_if_killed(path):  # before it is there, so that it is never without
+        with refusals(path):
+            path.touch(mode=0o600, exist_ok=False)  # nobody else's, nor a link
         try:
             yield path
         except BaseException:

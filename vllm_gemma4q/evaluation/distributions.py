@@ -19,7 +19,7 @@ import numpy.typing as npt
 from vllm_gemma4q.errors import InputError
 
 _VALUES_AT_ONCE = 1 << 22
-_VALUE_BYTES = 4
+VALUE_BYTES = 4
 _MOST_PADDING = 1e-3
 
 
@@ -106,7 +106,7 @@ class _Table:
 
     def __init__(self, path: Path, vocabulary: int) -> None:
         size = path.stat().st_size
-        self.rows, rest = divmod(size, _VALUE_BYTES * vocabulary)
+        self.rows, rest = divmod(size, VALUE_BYTES * vocabulary)
         if rest:
             raise InputError(f"{path.name}: {size} bytes, expected rows of {vocabulary} float32")
         self.path, self.vocabulary = path, vocabulary

@@ -1,15 +1,18 @@
 """Perplexity of a checkpoint or GGUF, and its divergence from a reference, with one start of the engine each."""
 
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gguf_mixed.atomic_file import refusals
+from gguf_mixed.perplexity import base_bytes
 from gguf_mixed.samples import describe_text, read_texts
 from vllm_gemma4q.calibration.texts import load_tokenizer
 from vllm_gemma4q.errors import InputError
-from vllm_gemma4q.evaluation.distributions import Divergence, compare
+from vllm_gemma4q.evaluation.distributions import VALUE_BYTES, Divergence, compare
 from vllm_gemma4q.evaluation.engines.interface import Engine, Windows, all_windows, spans
 from vllm_gemma4q.evaluation.engines.logits_file import check_tokens
 from vllm_gemma4q.evaluation.engines.settings import Settings, is_gguf
@@ -47,6 +50,34 @@ class Protocol:
         if is_gguf(model) if model else self.only_gguf:
             return self.settings.for_gguf(self.text)
         return self.settings.for_folders()
+
+    def check_room(self, reference: Path, others: Sequence[Path], folder: Path, instead: str) -> None:
+        """Two models' distributions fit in `folder`, and what llama.cpp writes beside the second.
+
+        Args:
+            instead: what a user may choose in place of the folder.
+
+        Raises:
+            InputError: they do not, in bytes; or see `Engine.vocabulary`.
+        """
+        needed = self._bytes_of(reference) + max(
+            self._bytes_of(model) + self._bytes_beside(model) for model in (reference, *others)
+        )
+        with refusals(folder):
+            free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise InputError(
+                f"{folder}: distributions of two models take {needed:,} bytes, and {free:,} are free: "
+                f"fewer --chunks, or {instead}"
+            )
+
+    def _bytes_of(self, model: Path) -> int:
+        return VALUE_BYTES * self.positions * self.engine(model).vocabulary(model)
+
+    def _bytes_beside(self, model: Path) -> int:
+        if not is_gguf(model):
+            return 0
+        return base_bytes(self.engine(model).vocabulary(model), len(self.windows[Framing.RAW]), self.context)
 
     def run(
         self, model: Path, log: Path, distributions: Path | None = None, engine: Engine | None = None
@@ -139,8 +170,8 @@ def load_protocol(
         log: receives what llama.cpp prints.
 
     Raises:
-        InputError: no tokenizer, no text, too little of it, a framing that llama.cpp does not know, or a GGUF with
-            another tokenizer.
+        InputError: no tokenizer, no text, too little of it, a framing that llama.cpp does not know, a GGUF with
+            another tokenizer, or a model that its engine is known to refuse.
     """
     files, folders = [model for model in models if is_gguf(model)], [model for model in models if not is_gguf(model)]
     if files and Framing.CHAT in (framings or ()):
@@ -156,4 +187,7 @@ def load_protocol(
         found = settings.for_gguf(text).tokens(model, context, n_windows, log)
         windows = windows or {Framing.RAW: chunk_windows(found.tolist(), chunks)}
         check_tokens(model, found, windows[Framing.RAW], tokenizer)
-    return Protocol(windows, describe_text(texts), context, settings, text, only_gguf=not folders)
+    protocol = Protocol(windows, describe_text(texts), context, settings, text, only_gguf=not folders)
+    for model in models:  # all of them before the first, which may take hours
+        protocol.engine(model).vocabulary(model)
+    return protocol

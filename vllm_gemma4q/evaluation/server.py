@@ -31,6 +31,7 @@ _PROCESS = re.compile(r"^\(\w+ pid=\d+\) (?:[A-Z]+ [\d-]+ [\d:]+ \[[^]]+\] ?)?")
 CPU_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 _LONGEST_FOLDER = 70  # characters: Unix allows 107 for a socket, whose own name has 37
 _SHORT = Path("/tmp")
+_DIRECTLY = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy of the environment leads here
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", port: int, log: Path) 
         if process.poll() is not None:
             raise InputError(f"vllm serve: exited with code {process.returncode}; last error: {last_error(log)}")
         with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+            _DIRECTLY.open(f"http://127.0.0.1:{port}/health", timeout=5).close()
             return
         time.sleep(0.5)
     raise InputError(f"vllm serve: not ready after {READY_TIMEOUT_SECONDS} s; see {log}")

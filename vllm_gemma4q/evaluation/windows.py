@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from gguf_mixed.samples import in_template
 from vllm_gemma4q.errors import InputError
 
 
@@ -53,7 +54,7 @@ def cut_windows(tokenizer: Any, text: str, framing: Framing, context: int, chunk
         context: tokens of a window: exactly (raw), at most (chat).
 
     Raises:
-        InputError: too little text, no room, or no chat template.
+        InputError: too little text, no room, no chat template, or a broken one.
     """
     cut = _raw_windows if framing is Framing.RAW else _chat_windows
     windows: list[Window] = []
@@ -123,7 +124,7 @@ def _frame(tokenizer: Any, user: str, answer: str) -> _Framed:
     """A turn of each, and which tokens hold the answer. Templates strip what surrounds it."""
     answer = answer.strip()
     messages = [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
-    framed = tokenizer.apply_chat_template(messages, tokenize=False)
+    framed = in_template(tokenizer, messages)
     begin = framed.rfind(answer)
     if begin < 0:
         raise InputError("tokenizer: its chat template changes the answer, expected it as it is")

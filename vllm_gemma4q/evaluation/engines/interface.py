@@ -41,6 +41,14 @@ class Engine(Protocol):
         """Name and version, for results."""
         ...
 
+    def vocabulary(self, model: Path) -> int:
+        """Width of the distributions that `score` would write. Reads headers alone.
+
+        Raises:
+            InputError: the engine is not installed, or is known to refuse the model.
+        """
+        ...
+
     def score(self, model: Path, windows: Windows, log: Path, distributions: Path | None = None) -> Scores:
         """Score a model.
 

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gguf_mixed.atomic_file import refusals
 from gguf_mixed.llama_cpp import error_line, find_tool, last_line, run_tool
-from gguf_mixed.perplexity import NICENESS, positions_of, text_command, write_base
+from gguf_mixed.perplexity import NICENESS, positions_of, text_command, vocabulary_of, write_base
 from gguf_mixed.temporary import temporary_folder
 from gguf_mixed.tether import spawn
 from vllm_gemma4q.errors import InputError
@@ -52,6 +53,10 @@ class LlamaCpp:
         finished = subprocess.run([self._tool, "--version"], capture_output=True, text=True, check=False)
         found = re.search(r"^version: (.*)$", finished.stdout + finished.stderr, re.M)
         return {"name": "llama.cpp", "version": found.group(1) if found else "unknown"}
+
+    def vocabulary(self, model: Path) -> int:
+        """See `Engine`."""
+        return vocabulary_of(model)
 
     def tokens(self, model: Path, context: int, chunks: int | None, log: Path) -> logits_file.Tokens:
         """What llama.cpp makes of the text, int32 [chunks, context]; seconds, since the model is not run.
@@ -93,7 +98,8 @@ class LlamaCpp:
     def _write(self, folder: Path) -> Path:
         """The text as a file; llama.cpp takes a new line from its end."""
         path = folder / "text.txt"
-        path.write_text(self.text + "\n" * self.text.endswith("\n"), encoding="utf-8")
+        with refusals(path):
+            path.write_text(self.text + "\n" * self.text.endswith("\n"), encoding="utf-8")
         return path
 
     def _run(
@@ -108,7 +114,7 @@ class LlamaCpp:
         """Lines printed, and the vocabulary of what was recorded."""
         text, chunks, context = self._write(folder), len(windows), len(windows[0].tokens)
         lines: list[str] = []
-        with log.open("a") as output:
+        with refusals(log), log.open("a") as output:
 
             def keep(line: str) -> None:
                 lines.append(line)

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gguf_mixed.atomic_file import refusals
 from gguf_mixed.perplexity import Base, positions_of
 from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.evaluation.windows import Window
@@ -60,14 +61,14 @@ def read_header(path: Path) -> Header | None:
 def write_rows(base: Base, target: Path) -> None:
     """Turn the distributions of a complete file into float32 rows [positions, vocabulary], a few at a time.
 
-    Tokens below `least` get that: an upper bound.
+    Tokens below `least` get that: an upper bound. Raises WriteError: the disk is full.
     """
     codes = base.vocabulary + base.vocabulary % 2
     rows = base.chunks * positions_of(base.context)
     offset = _HEADER_BYTES + 4 * base.chunks * base.context
     table = np.memmap(base.path, "<u2", "r", offset=offset, shape=(rows, _SCALES + codes))
     step = max(1, _VALUES_AT_ONCE // base.vocabulary)
-    with target.open("wb") as file:
+    with refusals(target), target.open("wb") as file:
         for start in range(0, rows, step):
             block = np.array(table[start : start + step])
             file.write(decode(block, base.vocabulary).data)

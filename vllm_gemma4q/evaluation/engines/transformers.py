@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gguf_mixed.atomic_file import refusals
 from vllm_gemma4q.calibration.decoder import Decoder
 from vllm_gemma4q.checkpoint import open_checkpoint
 from vllm_gemma4q.errors import InputError
@@ -58,12 +59,17 @@ class Transformers:
             raise InputError(f"{model}: quantized ({method}), which transformers does not load; expected --engine vllm")
         return Decoder(checkpoint, DTYPES[self.dtype], self.device)
 
+    def vocabulary(self, model: Path) -> int:
+        """See `Engine`."""
+        return self.load(model).architecture.vocab_size
+
     @torch.no_grad()
     def score(self, model: Path, windows: Windows, log: Path, distributions: Path | None = None) -> Scores:
         """See `Engine`. Nothing is printed."""
         decoder, started = self.load(model), time.monotonic()
         if distributions is not None:
-            distributions.write_bytes(b"")
+            with refusals(distributions):
+                distributions.write_bytes(b"")
         width = decoder.architecture.hidden_size * decoder.dtype.itemsize
         logprobs = [
             _score_predicted(decoder, group, distributions)
@@ -101,6 +107,6 @@ def _score_predicted(decoder: Decoder, windows: Sequence[Window], distributions:
         rows = logits.float().log_softmax(-1).cpu()
         scores.append(rows.gather(1, torch.tensor(window.tokens[window.first : window.last])[:, None])[:, 0].numpy())
         if distributions is not None:
-            with distributions.open("ab") as file:
+            with refusals(distributions), distributions.open("ab") as file:
                 file.write(rows.numpy().data)
     return np.concatenate(scores)

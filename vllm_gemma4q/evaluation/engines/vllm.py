@@ -15,13 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from gguf_mixed.atomic_file import refusals
 from gguf_mixed.tether import spawn
+from vllm_gemma4q.checkpoint import open_checkpoint
 from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.evaluation.engines.interface import Scores, Windows, all_windows, perplexities
 from vllm_gemma4q.evaluation.server import engine_environment, engine_folder, last_error
 from vllm_gemma4q.evaluation.windows import Window
 
 _RECORDER = "vllm_gemma4q.evaluation.engines.vllm_recorder.Recorder"
+_EMBEDDINGS = "embed_tokens.weight"
 _PROCESS = "vllm_gemma4q.evaluation.engines.vllm_process"
 
 
@@ -42,6 +45,14 @@ class VLLM:
         _require()
         return {"name": "vllm", "version": metadata.version("vllm")}
 
+    def vocabulary(self, model: Path) -> int:
+        """See `Engine`."""
+        _require()
+        for name, tensor in open_checkpoint(model).tensors.items():
+            if name.endswith(_EMBEDDINGS):  # config.json may leave sizes to transformers' defaults
+                return tensor.rows
+        raise InputError(f"{model}: has no tensor {_EMBEDDINGS}")
+
     def score(self, model: Path, windows: Windows, log: Path, distributions: Path | None = None) -> Scores:
         """See `Engine`. Where vLLM dies, the message is its last error and names the log."""
         _require()
@@ -52,7 +63,8 @@ class VLLM:
         }
         with engine_folder() as folder:
             asked, answered = folder / "request.json", folder / "answer.npz"
-            asked.write_text(json.dumps(request))
+            with refusals(asked):
+                asked.write_text(json.dumps(request))
             code = _run([sys.executable, "-m", _PROCESS, str(asked), str(answered)], log, folder)
             if code or not answered.exists():
                 raise InputError(f"{model}: vLLM ended with code {code}; last error: {last_error(log)}")

@@ -42,11 +42,13 @@ class Endpoint:
     """Attributes:
     url: ends in `/v1`.
     model: the name that requests give.
+    own: a server of this process's own, on this machine, which no proxy of the environment leads to.
     """
 
     url: str
     model: str
     patience: Patience = PATIENT
+    own: bool = False
 
     def connect(self) -> openai.AsyncOpenAI:
         """The key is that of the environment, as for OpenAI's own clients; local servers need none."""
@@ -55,6 +57,7 @@ class Endpoint:
             api_key=os.environ.get("OPENAI_API_KEY", "none"),
             max_retries=self.patience.retries,
             timeout=openai.Timeout(self.patience.timeout, connect=5.0),
+            http_client=openai.DefaultAsyncHttpxClient(trust_env=False) if self.own else None,
         )
 
 
@@ -80,11 +83,15 @@ def served_models(url: str, patience: Patience) -> dict[str, str | None]:
     """Names of the models a server offers, and the path or repository each is loaded from where it says so.
 
     Raises:
-        InputError: nothing at `url` answers as OpenAI's API does.
+        InputError: `url` is none, or nothing there answers as OpenAI's API does.
     """
 
     async def list_models() -> dict[str, str | None]:
-        async with Endpoint(url, "", patience).connect() as client:
+        try:
+            connected = Endpoint(url, "", patience).connect()
+        except Exception as error:  # of whichever httpx there is, which has an error of its own for URLs
+            raise InputError(f"--url: got {url}, expected http://HOST:PORT/v1: {error}") from error
+        async with connected as client:
             found = await client.models.list()
             return {model.id: getattr(model, "root", None) for model in found.data}
 

@@ -35,7 +35,7 @@ def read_questions(path: Path) -> list[Question]:
         InputError: no such file, no question in it, or a line that is none; names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines knows ends that JSON has within strings
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: {error}, expected JSON lines of GSM8K") from error
     found = [_parse(line, f"{path}: line {number}") for number, line in enumerate(lines, 1) if line.strip()]

@@ -86,6 +86,8 @@ def writing(path: Path, identity: Mapping[str, Any]) -> Iterator["Writer"]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(f"{path}: another run is writing this file") from error
+        except OSError as error:  # a file system without locks
+            raise InputError(f"{path}: cannot be locked: {error.strerror}") from error
         yield Writer(_begin(path, file, identity), file)
 
 

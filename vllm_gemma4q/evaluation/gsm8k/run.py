@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.evaluation.gsm8k.answers import Reply, normalise
@@ -73,7 +74,7 @@ class Target:
         assert self.checkpoint is not None
         with serve(self.checkpoint, self.flags, log) as server:
             try:
-                yield Endpoint(server.url, self.model, self.patience)
+                yield Endpoint(server.url, self.model, self.patience, own=True)
             except InputError as error:
                 raise InputError(f"{error} (see {log})") from error
 
@@ -82,9 +83,10 @@ def running_server(url: str, model: str | None, patience: Patience) -> Target:
     """A server's model, its only one where none is named.
 
     Raises:
-        InputError: nothing there speaks OpenAI's API, or it does not offer the model; lists those it does.
+        InputError: `url` is none, nothing there speaks OpenAI's API, or it does not offer the model; lists those it
+            does.
     """
-    if not url.startswith(("http://", "https://")):
+    if not _is_url(url):
         raise InputError(f"--url: got {url}, expected http://HOST:PORT/v1")
     url = url.rstrip("/")
     offered = served_models(url, patience)
@@ -93,6 +95,14 @@ def running_server(url: str, model: str | None, patience: Patience) -> Target:
     if model is None or model not in offered:
         raise InputError(f"--model: got {model}, expected one of {', '.join(offered) or 'none, the server has none'}")
     return Target({"model": {"name": model, "root": offered[model]}}, url, model, patience=patience)
+
+
+def _is_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, or too large
+        return False
 
 
 def checkpoint_folder(folder: Path, flags: Sequence[str], patience: Patience) -> Target:
