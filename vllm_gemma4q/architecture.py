@@ -29,7 +29,8 @@ EXPERTS_PER_LAYER = "num_experts_per_layer"
 DEFAULT_GLOBAL_HEAD_DIM = 512  # what transformers assumes where the key is absent
 # Far above any model's, and far below what takes long to count.
 _MAX_SIZE = 2**31 - 1
-_MAX_SIZES: Mapping[str, int] = {"num_hidden_layers": 1000, "num_experts": 1024, "num_attention_heads": 4096}
+MAX_LAYERS = 1000
+_MAX_SIZES: Mapping[str, int] = {"num_hidden_layers": MAX_LAYERS, "num_experts": 1024, "num_attention_heads": 4096}
 
 # Modules that vLLM fuses into one, in the order of their rows.
 FUSED_SHARDS: Mapping[str, tuple[str, ...]] = {
@@ -58,7 +59,9 @@ class Role(StrEnum):
 
 LINEAR_ROLES = frozenset({Role.ATTENTION, Role.MLP, Role.EXPERTS, Role.PER_LAYER_INPUT})
 
-_LAYER = re.compile(r"^(?:model\.language_model|language_model\.model|model)\.layers\.[0-9]{1,6}\.(?P<rest>.+)$")
+_LAYER = re.compile(
+    r"^(?:model\.language_model|language_model\.model|model)\.layers\.(?P<index>[0-9]{1,6})\.(?P<rest>.+)$"
+)
 _TOWERS = (
     (re.compile(r"(?:^|\.)vision_tower\."), Role.VISION),
     (re.compile(r"(?:^|\.)embed_vision\."), Role.EMBED_VISION),
@@ -94,9 +97,22 @@ def role_of(name: str) -> Role:
     return Role.OTHER
 
 
+def layer_of(name: str) -> int | None:
+    """The decoder layer that a tensor or module belongs to, by its full name; None outside of them."""
+    match = _LAYER.match(name)
+    return int(match["index"]) if match else None
+
+
 def layer_index(name: str) -> int:
-    """The decoder layer that a tensor or module below `layers` belongs to."""
-    return int(name.rpartition(".layers.")[2].partition(".")[0])
+    """The decoder layer that a tensor or module of one belongs to.
+
+    Raises:
+        InputError: it is outside of them.
+    """
+    index = layer_of(name)
+    if index is None:
+        raise InputError(f"tensor {name}: got a name outside of the decoder layers, expected one of a layer")
+    return index
 
 
 def is_linear_weight(name: str, shape: tuple[int, ...]) -> bool:

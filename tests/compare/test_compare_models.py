@@ -105,6 +105,12 @@ def test_a_gguf_without_a_size_is_refused(run, base, tmp_path):
     assert code == 2 and "gemma4.attention.head_count_kv: got (2, 2, 1), expected 4" in err
 
 
+def test_a_gguf_of_too_many_layers_is_refused(run, base, tmp_path):
+    path = write_gguf(tmp_path / "bad.gguf", small_config(**CACHE)["text_config"], block_count=4_000_000_000)
+    code, _, err = run("compare", base, path)
+    assert code == 2 and "block_count: got 4000000000, expected" in err
+
+
 def test_another_source_is_said(run, base, int8, tmp_path):
     """The same shapes, other weights: a fine-tune's INT8 is not the original's."""
     tuned = write_checkpoint(tmp_path / "tuned", small_config(**CACHE, attention_bias=False), seed=1)

@@ -295,3 +295,22 @@ def test_gguf_against_its_plan(tmp_path, doctor):
     (tmp_path / "table.txt.json").unlink()
     code, _, error = doctor(written, "--overrides", table)
     assert code == 2 and "table.txt.json: missing" in error
+
+
+@pytest.mark.parametrize("name", ["a; touch hacked.bin", "$(touch hacked).pt", "it's.bin", "-rf.bin"])
+def test_suggested_commands_quote_names_from_the_checkpoint(name, tmp_path, doctor, monkeypatch):
+    """Whoever pastes `rm ..` removes that file and does nothing else."""
+    folder = tmp_path / "a b"
+    shutil.copytree(SMALL / "dense", folder)
+    folder.chmod(0o755)
+    (folder / name).write_bytes(b"")
+    monkeypatch.chdir(folder)
+    before = set(folder.iterdir())
+    for path in (folder, "."):
+        (folder / name).write_bytes(b"")
+        _, out, _ = doctor(path, "--json")
+        findings = json.loads(out)["engines"][0]["findings"]
+        fix = next(finding["fix"] for finding in findings if finding["code"] == "pickle-file")
+        subprocess.run(fix, shell=True, check=True, cwd=folder)
+        assert before - set(folder.iterdir()) == {folder / name}
+        assert set(folder.iterdir()) < before

@@ -157,3 +157,9 @@ def test_a_tensor_outside_linears_is_on_every_rank():
     architecture = parse_text_architecture(small_config())
     for name in ("model.language_model.layers.1.router.proj.weight", "model.language_model.norm.weight", "odd"):
         assert vllm_bytes(architecture, [StoredTensor(name, (8,), 16)], 2) == {Part.OTHER: 16}
+
+
+def test_a_layer_that_the_configuration_has_not():
+    tensor = StoredTensor("model.language_model.layers.7.mlp.up_proj.weight", (96, 64), 2 * 96 * 64)
+    with pytest.raises(InputError, match=r"layers.7.mlp.up_proj.weight: got layer 7, expected one of 3"):
+        vllm_bytes(parse_text_architecture(small_config(False)), [tensor], 1)

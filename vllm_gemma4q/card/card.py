@@ -1,7 +1,7 @@
 """The card of one checkpoint, as Markdown with Hugging Face's metadata in front.
 
     metadata   base model, licence, tags; figures of GSM8K as evaluation results
-    what       the scheme in a sentence, sizes by role, bits where they differ
+    what       the scheme in a sentence, experts of a pruned mixture, sizes by role, bits where they differ
     quality    one table a kind of result file, with intervals; no row without a measurement; a picture beside others
     memory     weights and KV cache in vLLM, computed from headers and said so
     serving    the command, where a measurement ran it, with the engine's version
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
+from vllm_gemma4q.card.experts import NOTHING, Experts, Stored, how, pruned_by
 from vllm_gemma4q.card.results import Measured, Measurement
 from vllm_gemma4q.card.text_table import text_table
 from vllm_gemma4q.compare.figures import engine_name
@@ -27,9 +28,10 @@ SCHEMES = {
     "to int8 with a scale a token while serving.",
     "fp8-static": "FP8 (E4M3) weights and activations with static scales from calibration.",
     "exl3": "EXL3, ExLlamaV3's trellis format.",
-    "prune": "Fewer experts than the original, those that calibration ranks lowest left out.",
+    "prune": "A mixture with fewer experts than the original.",
     "restore": "A quantized checkpoint with what should not have been quantized taken back from the original.",
 }
+_PRUNE = "prune"
 _GB, _GIB = 1e9, 2**30
 
 
@@ -47,6 +49,7 @@ class Card:
         licence: Hugging Face's short name; None leaves it out.
         picture: name of the picture that lies beside the card; None where there is none.
         beside: names of the other models in it.
+        stored: what the checkpoint's own files say; a manifest knows the last command only.
     """
 
     title: str
@@ -58,6 +61,7 @@ class Card:
     licence: str | None = None
     picture: str | None = None
     beside: Sequence[str] = ()
+    stored: Stored = NOTHING
 
     def markdown(self) -> str:
         """The whole card."""
@@ -68,6 +72,17 @@ class Card:
     def scheme(self) -> str:
         """The name in the manifest."""
         return str(self.manifest["identity"]["scheme"])
+
+    @property
+    def _schemes(self) -> list[str]:
+        """The last command's, then what earlier ones left: a pruned INT8 checkpoint is both."""
+        pruned = [_PRUNE] if self._experts is not None else []
+        quantized = [] if self.stored.scheme is None else [self.stored.scheme]
+        return list(dict.fromkeys([self.scheme, *quantized, *pruned]))
+
+    @property
+    def _experts(self) -> Experts | None:
+        return pruned_by(self.manifest["details"]) if self.scheme == _PRUNE else self.stored.experts
 
     def _front(self) -> str:
         from huggingface_hub import EvalResult, ModelCardData
@@ -84,13 +99,13 @@ class Card:
             for found in self.results.gsm8k
             if found["strict"]["accuracy"] is not None
         ]
-        quantized = self.scheme != "prune"
+        quantized = self._schemes != [_PRUNE]
         data = ModelCardData(
             base_model=self.base_model,
             base_model_relation=None if self.base_model is None else ("quantized" if quantized else "finetune"),
             quantized_by=self.author,
             license=self.licence,
-            tags=["gemma4", "vllm", "vllm-gemma4q", self.scheme],
+            tags=["gemma4", "vllm", "vllm-gemma4q", *self._schemes],
             model_name=self.title if results else None,
             eval_results=results or None,
         )
@@ -98,12 +113,13 @@ class Card:
 
     def _what(self) -> Iterator[str]:
         of = "" if self.base_model is None else f"Of [{self.base_model}](https://huggingface.co/{self.base_model}). "
-        yield of + SCHEMES[self.scheme]
-        rows = [
-            (role, f"{row['parameters']:,}", _share(row), _gb(row["bytes_before"]), _gb(row["bytes_after"]))
-            for role, row in self.manifest["summary"].items()
-        ]
-        yield _table(("part", "parameters", "quantized", "GB before", "GB now"), rows)
+        yield of + " ".join(SCHEMES[scheme] for scheme in self._schemes)
+        if experts := self._experts:
+            chosen = how(self.manifest["details"]) if self.scheme == _PRUNE else ()
+            yield " ".join([experts.sentence, *chosen])
+        if self.scheme == _PRUNE and self.stored.scheme is not None:
+            yield "Parameters count scales."
+        yield (_pruned_sizes if self.scheme == _PRUNE else _sizes)(self.manifest["summary"])
         if bits := self.manifest.get("details", {}).get("bits"):
             yield _table(
                 ("quantized linears", "bits: how many", "bits a weight, all included", "NMSE"),
@@ -190,6 +206,24 @@ def _gsm8k_table(found: Mapping[str, Any]) -> str:
         counts = (score[key] for key in ("truncated", "empty", "error"))
         rows.append((parse, f"{score['accuracy']:.2%}", f"{low:.2%} to {high:.2%}", *counts))
     return _table(("answers", "accuracy", "95% interval", "truncated", "empty", "errors"), rows)
+
+
+def _sizes(summary: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = [(role, f"{row['parameters']:,}", _share(row), *_bytes(row)) for role, row in summary.items()]
+    return _table(("part", "parameters", "quantized", "GB before", "GB now"), rows)
+
+
+def _pruned_sizes(summary: Mapping[str, Mapping[str, Any]]) -> str:
+    """Pruning changes parameters and quantizes none."""
+    rows = [
+        (role, *(f"{row[f'parameters_{when}']:,}" for when in ("before", "after")), *_bytes(row))
+        for role, row in summary.items()
+    ]
+    return _table(("part", "parameters before", "parameters now", "GB before", "GB now"), rows)
+
+
+def _bytes(row: Mapping[str, Any]) -> tuple[str, str]:
+    return _gb(row["bytes_before"]), _gb(row["bytes_after"])
 
 
 def _share(row: Mapping[str, Any]) -> str:

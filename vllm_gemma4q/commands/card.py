@@ -52,6 +52,7 @@ def command(
         require_matplotlib()
     manifest = _manifest(checkpoint)
     from vllm_gemma4q.card.card import Card
+    from vllm_gemma4q.card.experts import stored_in
     from vllm_gemma4q.card.results import of_checkpoint
     from vllm_gemma4q.compare.comparison import of_models
     from vllm_gemma4q.compare.model import open_models
@@ -76,6 +77,7 @@ def command(
         licence=licence,
         picture=None if picture is None else picture.name,
         beside=[model.name for model in comparison.shown_in(groups) if model is not models[0]],
+        stored=stored_in(checkpoint),
     )
     with _damaged_is_bad_input():
         text = card.markdown()

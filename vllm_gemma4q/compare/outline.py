@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 
 from gguf_mixed.header import Header
 from gguf_mixed.tensors import Inventory
-from vllm_gemma4q.architecture import SLIDING_ATTENTION, TextArchitecture
+from vllm_gemma4q.architecture import MAX_LAYERS, SLIDING_ATTENTION, TextArchitecture
 from vllm_gemma4q.errors import InputError
 
 _ARCHITECTURE = "gemma4"
@@ -96,6 +96,8 @@ def outline_of_gguf(inventory: Inventory) -> Outline:
     if embedding is None:
         raise InputError(f"{header.path.name}: has no tensor {_EMBEDDING}")
     layers = _size(header, "block_count")
+    if layers > MAX_LAYERS:
+        raise InputError(f"{header.path.name}: block_count: got {layers}, expected at most {MAX_LAYERS}")
     wide, narrow = _size(header, "attention.key_length"), _size(header, "attention.key_length_swa")
     sliding = _each(header, "attention.sliding_window_pattern", layers)
     key_heads = _each(header, "attention.head_count_kv", layers)

@@ -22,7 +22,7 @@ from vllm_gemma4q.exl3.scheme import METHOD as EXL3_METHOD
 from vllm_gemma4q.fp8_static import facts as fp8
 from vllm_gemma4q.fp8_static.ignore import IgnoreList
 from vllm_gemma4q.fp8_static.scheme import ignored_names, is_fp8_static
-from vllm_gemma4q.module_headers import FLOATS, relative_name
+from vllm_gemma4q.module_headers import relative_name
 from vllm_gemma4q.name_patterns import compile_pattern, names_of
 from vllm_gemma4q.quark_int8 import facts as int8
 from vllm_gemma4q.quark_int8.scheme import is_w8a8_int8
@@ -157,11 +157,6 @@ class Subject:
     @property
     def download(self) -> str:
         return f"hf download REPOSITORY --local-dir {self.path}"
-
-
-def is_float(tensor: TensorInfo) -> bool:
-    """Whether a tensor is not quantized."""
-    return tensor.dtype in FLOATS
 
 
 def open_subject(folder: Path, base: Path | None) -> Subject:

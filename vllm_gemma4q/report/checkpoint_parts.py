@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from gemma4q_kernels.exl3_layout import TILE
 
-from vllm_gemma4q.architecture import Role, TextArchitecture, is_fused_experts, layer_index
+from vllm_gemma4q.architecture import Role, TextArchitecture, is_fused_experts, layer_of
 from vllm_gemma4q.checkpoint import TensorInfo
 from vllm_gemma4q.doctor.subject import Subject
 from vllm_gemma4q.module_headers import FLOATS, relative_name
@@ -16,7 +16,6 @@ TRELLIS = "trellis"
 _WEIGHT, _PACKED = "weight", "weight_packed"
 _FUSED = re.compile(r"^(?P<module>.+\.experts\.(?:gate_up_proj|down_proj))(?:[._](?P<leaf>\w+))?$")
 _CACHE_SCALE = re.compile(r"^(?P<layer>.+\.self_attn)(?:\.attn)?\.(?P<leaf>(?:q|k|v|kv|prob_output)_scale)$")
-_IN_LAYER = re.compile(r"(?:^|\.)layers\.\d+\.")
 # Leaves that are no weights. A router's `scale` and `per_expert_scale` are.
 _SCALES = frozenset({
     "weight_scale", "weight_scale_inv", "weight_scale_2", "weight_zero_point", "weight_shape", "weight_g_idx",
@@ -57,12 +56,12 @@ def _part(
     main = next(iter(weights), next(iter(leaves)))
     role = subject.roles[leaves[main].name]
     shape = _shape(main, leaves[main], expected.get(relative_name(module)))
-    in_layer = role not in _TOWERS and _IN_LAYER.search(leaves[main].name) is not None
+    layer = _layer(leaves[main].name, role, len(subject.architecture.layers))
     return Part(
         name=module if main in (_WEIGHT, _PACKED, TRELLIS) else leaves[main].name,
         role=role,
-        layer=layer_index(leaves[main].name) if in_layer else None,
-        column=_column(module, role) if in_layer else None,
+        layer=layer,
+        column=None if layer is None else _column(module, role),
         dtype=_dtype(main, leaves[main]) if weights else "nothing",
         shape=shape,
         parameters=math.prod(shape) + sum(math.prod(tensor.shape) for tensor in tensors[1:]) if weights else 0,
@@ -70,6 +69,12 @@ def _part(
         is_quantized=any(tensor.dtype not in FLOATS for tensor in tensors),
         scales=tuple(f"{leaf} {leaves[leaf].dtype} {list(leaves[leaf].shape)}" for leaf in sorted(beside)),
     )
+
+
+def _layer(name: str, role: Role, n_layers: int) -> int | None:
+    """Its layer; None outside, and of layers that the configuration does not have: any number can be in a name."""
+    layer = None if role in _TOWERS else layer_of(name)
+    return layer if layer is not None and layer < n_layers else None
 
 
 def _beside(module: str, leaves: Sequence[str] | Mapping[str, TensorInfo]) -> set[str]:

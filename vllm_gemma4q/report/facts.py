@@ -1,5 +1,6 @@
 """Everything that a report shows, collected from headers, the manifest, result files and, with a base, weights."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,6 @@ from vllm_gemma4q.report.checkpoint_parts import checkpoint_parts, scheme_words
 from vllm_gemma4q.report.grid import COUNTERS, Cell, Errors, Grid, RoleRow, by_role, make_grid
 from vllm_gemma4q.report.manifest import Manifest, read_manifest
 from vllm_gemma4q.report.memory import Memory, memory_of
-from vllm_gemma4q.report.parts import Part
 
 if TYPE_CHECKING:
     from gguf_mixed.tensors import Inventory
@@ -128,11 +128,11 @@ def _of_gguf(
     inventory: "Inventory", base: Path | None, results: Sequence[Path], engines: Sequence[str] | None
 ) -> Facts:
     from gguf_mixed.identity import model_sha256
-    from vllm_gemma4q.report.gguf_parts import gguf_layer_types, gguf_parts
+    from vllm_gemma4q.report.gguf_parts import gguf_layer_types, gguf_layers, gguf_parts
 
-    parts = list(gguf_parts(inventory))
+    layers = gguf_layers(inventory)
+    parts = list(gguf_parts(inventory, layers))
     errors = {} if base is None else _gguf_errors(inventory, base)
-    layers = _layers(inventory, parts)
     identity = {"name": inventory.path.name, "sha256": model_sha256(inventory)} if results else None
     return Facts(
         name=inventory.path.name,
@@ -165,11 +165,6 @@ def _gguf_errors(inventory: "Inventory", base: Path) -> Errors:
     compared = pairs(inventory, read_inventory(base))
     with byte_bar(sum(tensor.n_elements for tensor, _ in compared), "measuring") as bar:
         return measure_errors(compared, bar.update)
-
-
-def _layers(inventory: "Inventory", parts: Sequence[Part]) -> int:
-    count = inventory.headers[0].get(f"{inventory.architecture}.block_count")
-    return count if isinstance(count, int) else max([0, *(part.layer + 1 for part in parts if part.layer is not None)])
 
 
 def _diagnoses(patient: "Subject | Inventory", names: Sequence[str] | None) -> list[Diagnosis]:
@@ -218,5 +213,10 @@ def _cell_json(cell: Cell) -> dict[str, Any]:
         "parameters": cell.parameters,
         "bytes": cell.n_bytes,
         "bits": cell.bits,
-        "error": None if spread is None else [spread.least, spread.median, spread.largest],
+        "error": None if spread is None else [*map(_finite, (spread.least, spread.median, spread.largest))],
     }
+
+
+def _finite(error: float) -> float | None:
+    """JSON has no word for infinity."""
+    return error if math.isfinite(error) else None

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from gemma4q_kernels.ggml import FLOAT_TYPES
 
 from gguf_mixed.tensors import EMBEDDINGS, OUTPUT, Inventory, Tensor
-from vllm_gemma4q.architecture import FULL_ATTENTION, SLIDING_ATTENTION, Role
+from vllm_gemma4q.architecture import FULL_ATTENTION, MAX_LAYERS, SLIDING_ATTENTION, Role
+from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.report.parts import Column, Part
 
 _COLUMNS: Mapping[str, Column] = {
@@ -26,14 +27,31 @@ _ROLES: Mapping[Column, Role] = {
 }
 
 
-def gguf_parts(inventory: Inventory) -> Iterator[Part]:
-    """Every tensor, in the order of the file."""
+def gguf_layers(inventory: Inventory) -> int:
+    """How many layers the header says there are, or else the tensors' names.
+
+    Raises:
+        InputError: a number that no model has: the page would have as many columns.
+    """
+    key = f"{inventory.architecture}.block_count"
+    count = inventory.headers[0].get(key)
+    if not isinstance(count, int):
+        found = (tensor.layer for tensor in inventory.tensors.values())
+        return max((layer + 1 for layer in found if layer is not None and layer < MAX_LAYERS), default=0)
+    if not 0 <= count <= MAX_LAYERS:
+        raise InputError(f"{inventory.path.name}: {key}: got {count}, expected at most {MAX_LAYERS}")
+    return count
+
+
+def gguf_parts(inventory: Inventory, layers: int) -> Iterator[Part]:
+    """Every tensor, in the order of the file; blocks beyond the layers are outside."""
     for tensor in inventory.tensors.values():
-        column = None if tensor.layer is None else _column(tensor)
+        layer = tensor.layer if tensor.layer is not None and tensor.layer < layers else None
+        column = None if layer is None else _column(tensor)
         yield Part(
             name=tensor.name,
             role=_outside(tensor) if column is None else _ROLES[column],
-            layer=tensor.layer,
+            layer=layer,
             column=column,
             dtype=tensor.qtype.name,
             shape=tensor.shape,

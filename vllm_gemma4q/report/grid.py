@@ -3,6 +3,7 @@
 A cell of experts holds hundreds of parts; of their errors it keeps the least, the median and the largest.
 """
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ _FEW = 3
 
 @dataclass(frozen=True)
 class Spread:
-    """Relative squared errors of a cell's matrices, ||W_hat - W||^2 / ||W||^2."""
+    """Relative squared errors of a cell's matrices, ||W_hat - W||^2 / ||W||^2; infinite where that is no number."""
 
     count: int
     least: float
@@ -117,7 +118,7 @@ def make_grid(parts: Sequence[Part], layer_types: Sequence[str], errors: Errors,
 
 def make_cell(label: str, parts: Sequence[Part], errors: Errors, notes: Notes) -> Cell:
     """One place's parts, of which there is at least one."""
-    found = sorted(error for part in parts for error in errors.get(part.name, ()))
+    found = sorted(_ordered(error) for part in parts for error in errors.get(part.name, ()))
     counted: defaultdict[str, float] = defaultdict(float)
     for part in parts:
         for words, value in notes.get(part.name, {}).items():
@@ -135,6 +136,11 @@ def make_cell(label: str, parts: Sequence[Part], errors: Errors, notes: Notes) -
         errors=Spread(len(found), found[0], median(found), found[-1]) if found else None,
         notes=dict(counted),
     )
+
+
+def _ordered(error: float) -> float:
+    """An error; infinite, and so the largest, where a NaN among weights or scales has made it no number."""
+    return error if math.isfinite(error) else math.inf
 
 
 def by_role(parts: Iterable[Part], before: Mapping[str, int]) -> list[RoleRow]:

@@ -1,5 +1,6 @@
 """The grid as the template draws it: modules down, layers across, three texts and three colours a cell."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -128,6 +129,8 @@ def _error(cell: Cell) -> str:
     if cell.errors is None:
         return "not measured" if cell.quantized else "not quantized"
     spread, middle = cell.errors, words.error(cell.errors.median)
+    if spread.count == 1 and not math.isfinite(spread.median):
+        return f"{middle}: a weight or a scale is no number"
     if spread.count == 1:
         return f"{middle} ({words.decibels(spread.median)} dB)"
     return f"{words.error(spread.least)} to {words.error(spread.largest)}, median {middle}, of {spread.count} matrices"

@@ -8,7 +8,7 @@ are not those in the folder is of another checkpoint: it is shown as such, and i
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from vllm_gemma4q.checkpoint.header import read_json
 from vllm_gemma4q.checkpoint.run import MANIFEST
@@ -37,7 +37,8 @@ class Manifest:
     @property
     def errors(self) -> Errors:
         """Noted errors of linears, by full name of the module."""
-        return {name: (float(row["nmse"]),) for name, row in self._linears.items() if _is_number(row.get("nmse"))}
+        found = {name: row.get("nmse") for name, row in self._linears.items()}
+        return {name: (float(error),) for name, error in found.items() if _is_number(error) and error >= 0}
 
     @property
     def notes(self) -> Notes:
@@ -57,7 +58,7 @@ class Manifest:
         """Counters by role, see `summary.summarize`."""
         found = self.content.get("summary")
         rows = found if isinstance(found, dict) else {}
-        return {role: row for role, row in rows.items() if isinstance(row, dict) and "bytes_before" in row}
+        return {role: row for role, row in rows.items() if isinstance(row, dict) and _is_size(row.get("bytes_before"))}
 
     @property
     def _linears(self) -> Mapping[str, Mapping[str, Any]]:
@@ -72,14 +73,19 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest in a folder, empty where there is none.
 
     Raises:
-        InputError: it cannot be read, or is no manifest.
+        InputError: it cannot be read, or is no manifest: the page shows its files, command and versions as they are.
     """
     if not (folder / MANIFEST).is_file():
         return Manifest()
     content = read_json(folder / MANIFEST)
     output = content.get("output")
-    if not isinstance(output, dict) or not all(isinstance(file, dict) and "bytes" in file for file in output.values()):
+    if not _is_files(output) or not all("bytes" in file for file in output.values()):
         raise InputError(f"{MANIFEST}: output: got {type(output).__name__}, expected bytes and sha256 by file")
+    if not _is_files(content.get("source") or {}):
+        raise InputError(f"{MANIFEST}: source: got {type(content['source']).__name__}, expected sizes by file")
+    for key, kind in (("command", list), ("versions", dict)):
+        if not isinstance(content.get(key) or kind(), kind):
+            raise InputError(f"{MANIFEST}: {key}: got {type(content[key]).__name__}, expected {kind.__name__}")
     return Manifest(content, next((text for text in _differences(folder, output)), None))
 
 
@@ -97,5 +103,16 @@ def _differences(folder: Path, output: Mapping[str, Mapping[str, Any]]) -> list[
     return found
 
 
-def _is_number(value: object) -> bool:
+def _is_files(value: object) -> TypeGuard[dict[str, dict[str, Any]]]:
+    """Whether a value tells sizes, or at least none that are wrong, by file."""
+    return isinstance(value, dict) and all(
+        isinstance(file, dict) and _is_size(file.get("bytes", 0)) for file in value.values()
+    )
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -61,7 +61,8 @@ def _errors(one: Tensor, base: Tensor, progress: Callable[[int], Any]) -> list[f
         for first in range(matrix * rows, (matrix + 1) * rows, step):
             last = min((matrix + 1) * rows, first + step)
             expected = _values(base, first, last)
-            error += float(np.square(_values(one, first, last) - expected, dtype=np.float64).sum())
+            with np.errstate(all="ignore"):  # a scale that is no number is shown on the page
+                error += float(np.square(_values(one, first, last) - expected, dtype=np.float64).sum())
             size += float(np.square(expected, dtype=np.float64).sum())
             progress(expected.size)
         if size:

@@ -38,18 +38,20 @@ def bits_scale(values: Iterable[float]) -> Scale:
 
 
 def spread_scale(values: Sequence[float], words: Sequence[str], least_factor: float = 1.0) -> Scale:
-    """Steps between the least and the largest of positive figures, evenly in their logarithm.
+    """Steps between the least and the largest of positive figures, evenly in their logarithm; infinite ones are in the
+    last step.
 
     Args:
         words: each figure in words; a label is the least and the largest figure that is in the step.
         least_factor: between both ends of the steps, though the figures be closer.
     """
-    positive = [value for value in values if value > 0]
-    if not positive:
+    positive = [value for value in values if 0 < value < math.inf]
+    has_infinite = math.inf in values
+    if not positive and not has_infinite:
         return Scale([math.inf], [""], [])
-    least = min(positive)
-    largest = max(*positive, least * least_factor)
-    steps = STEPS if largest > least * _SAME else 1
+    least = min(positive, default=1.0)
+    largest = max([*positive, least * least_factor])
+    steps = STEPS if largest > least * _SAME or has_infinite else 1
     bounds = [least * (largest / least) ** (index / steps) for index in range(1, steps)]
     scale = Scale([*bounds, math.inf], [], [])
     found: dict[int, list[tuple[float, str]]] = {}

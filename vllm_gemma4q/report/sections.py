@@ -10,6 +10,7 @@ from vllm_gemma4q.card.text_table import text_table
 from vllm_gemma4q.doctor.diagnose import Diagnosis, Verdict
 from vllm_gemma4q.doctor.engines import Engine
 from vllm_gemma4q.doctor.finding import Finding
+from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.report import words
 from vllm_gemma4q.report.grid import Cell, Grid
 from vllm_gemma4q.report.manifest import Manifest
@@ -142,7 +143,18 @@ class Quality:
 
 
 def quality_view(results: Measured) -> Quality:
-    """Tables of what was measured; nothing is filled in."""
+    """Tables of what was measured; nothing is filled in.
+
+    Raises:
+        InputError: a result file lacks a figure, or has it as something else.
+    """
+    try:
+        return _quality(results)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"--result: damaged: {type(error).__name__}: {error}") from error
+
+
+def _quality(results: Measured) -> Quality:
     texts = [_text_table(measured) for measured in results.text]
     scores = [
         (f"GSM8K, {found['run']['questions']['count']:,} questions", _score_rows(found)) for found in results.gsm8k

@@ -4,6 +4,8 @@ import math
 
 _UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0))
 MINUS = "\N{MINUS SIGN}"
+INFINITY = "\N{INFINITY}"
+NOT_FINITE = "not finite"
 
 
 def size(n_bytes: float) -> str:
@@ -46,11 +48,15 @@ def bits(value: float, digits: int = 1) -> str:
 
 def error(value: float) -> str:
     """A relative squared error: 4.2e-05."""
+    if not math.isfinite(value):
+        return NOT_FINITE
     return "0" if value == 0 else f"{value:.1e}"
 
 
 def decibels(value: float) -> str:
     """How far below the weights the error is, 10 log10 of it: -44 for 4e-5."""
+    if not math.isfinite(value):
+        return INFINITY
     return "0" if value == 0 else f"{10 * math.log10(value):.0f}".replace("-", MINUS)
 
 

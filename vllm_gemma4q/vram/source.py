@@ -11,7 +11,7 @@ from typing import Any
 
 from gguf_mixed.header import Header
 from gguf_mixed.tensors import OUTPUT, Inventory, read_inventory
-from vllm_gemma4q.architecture import TextArchitecture, parse_text_architecture
+from vllm_gemma4q.architecture import MAX_LAYERS, TextArchitecture, parse_text_architecture
 from vllm_gemma4q.benchmark.shapes import MODELS
 from vllm_gemma4q.checkpoint import open_checkpoint
 from vllm_gemma4q.errors import InputError
@@ -21,7 +21,6 @@ from vllm_gemma4q.vram.weights import TRELLIS, Part, StoredTensor
 
 GGUF_ARCHITECTURE = "gemma4"
 _TOKEN_EMBEDDING = "token_embd.weight"
-_MAX_LAYERS = 1000
 
 
 @dataclass(frozen=True)
@@ -139,9 +138,9 @@ def _gguf_parts(inventory: Inventory) -> dict[Part, int]:
 
 def _gguf_cache(header: Header) -> CacheShape:
     layers = _integer(header, "block_count")
-    if not 0 < layers <= _MAX_LAYERS:
+    if not 0 < layers <= MAX_LAYERS:
         raise InputError(
-            f"{header.path.name}: {GGUF_ARCHITECTURE}.block_count: got {layers}, expected 1 to {_MAX_LAYERS}"
+            f"{header.path.name}: {GGUF_ARCHITECTURE}.block_count: got {layers}, expected 1 to {MAX_LAYERS}"
         )
     shared = _integer(header, "attention.shared_kv_layers", 0)
     heads = header.get(f"{GGUF_ARCHITECTURE}.attention.head_count_kv")

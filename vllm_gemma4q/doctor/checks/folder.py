@@ -5,6 +5,7 @@ tensors only where nothing is quantized.
 """
 
 import contextlib
+import shlex
 from collections.abc import Iterator
 
 from vllm_gemma4q.checkpoint.header import read_json
@@ -40,7 +41,8 @@ def check(subject: Subject, engine: Engine) -> Iterator[Finding]:
             yield from about(code, severity, names, first.found, first.expected, reason, _fix(code, subject))
     expected = "safetensors only"
     reason = "pickle files can run code when they are opened; engines take the safetensors beside them"
-    fix = f"rm {subject.path}/{subject.pickles[0]}" if subject.pickles else ""
+    # Not `folder / name`, which loses the "./" that keeps a name from being an option.
+    fix = "rm " + shlex.quote(f"{subject.folder}/{subject.pickles[0]}") if subject.pickles else ""
     yield from about("pickle-file", Severity.NOTE, subject.pickles, "a pickle file", expected, reason, fix)
     reason = (
         "Gemma 4 needs none; no engine runs it unless it is told to trust the checkpoint, and nobody should tell it"
