@@ -11,7 +11,7 @@
 # Sizes, of the 31B at 3.5 bits: Hessians 149.13 GB, which may go when all is done, and the checkpoint 17.85 GB, of
 # which the embedding in BF16 takes 2.82. One linear is in memory at a time, with its Hessian; the output layer, of 1.4
 # billion weights, takes most.
-# Time: 119.9 million tiles for the 31B. At 1.9 ms a tile and core (benchmarks/results/exl3.json) that is about 65 core hours.
+# Time: 119.9 million tiles for the 31B. At 2 ms a tile and core (see benchmarks/exl3.py) that is 67 core hours.
 # Run again, an unfinished step resumes, losing at most a layer, and a finished one is not repeated.
 #
 # Measured: on a CPU, with the small checkpoints in examples/small_gemma4, up to the finished checkpoint.

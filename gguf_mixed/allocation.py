@@ -4,13 +4,15 @@ The table is measured once and serves every budget; of a model whose weights are
 prior. Types that hardly any plan would choose are left out unless they are asked for.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from gemma4q_kernels.ggml import QUANTIZABLE_TYPES, GGMLQuantizationType, bits_per_weight
 
-from gguf_mixed.error_table import ErrorRow, ErrorTable, check_source, usable_types
+from gguf_mixed.atomic_file import WriteError, check_place, refusals
+from gguf_mixed.error_table import ErrorRow, ErrorTable, Pins, check_source, usable_types
 from gguf_mixed.llama_cpp import cache_folder
 from gguf_mixed.measure import Sampling, load_quantizers, measure
 from gguf_mixed.prior_errors import SOURCE, prior_errors
@@ -74,16 +76,22 @@ def error_table(
     sensitivity: Sensitivity,
     types: Sequence[GGMLQuantizationType] = DEFAULT_TYPES,
     how: Measuring = Measuring(),
+    constraints: Constraints | None = None,
 ) -> ErrorTable:
     """The error table of a model: see `describe_errors` for where its errors come from.
 
+    Args:
+        types: for all tensors to choose from.
+        constraints: their pins are rows of the tensors that they pin, and of no others.
+
     Raises:
-        InputError: see `load_quantizers` and `measure`, or `prior_errors`.
+        InputError: see `load_quantizers` and `measure`, or `prior_errors`; a pattern that is no regular expression, a
+            cache named by the user whose folder cannot be made.
     """
+    pins = _pins(material.inventory, constraints or Constraints())
     if material.inventory.header_only:
-        return prior_errors(material.inventory, sensitivity, material.imatrix, types)
-    cache = how.cache or _default_cache(material.inventory)
-    cache.parent.mkdir(parents=True, exist_ok=True)
+        return prior_errors(material.inventory, sensitivity, material.imatrix, types, pins)
+    cache = _default_cache(material.inventory) if how.cache is None else _named_cache(how.cache)
     with executor(how.where, by_core=True) as workers:
         return measure(
             material.inventory,
@@ -96,6 +104,7 @@ def error_table(
             cache,
             how.progress,
             workers,
+            pins,
         )
 
 
@@ -112,20 +121,24 @@ def check_feasible(
         InputError: a sensitivity of another model, a budget or constraint that cannot be met, no type for a tensor.
     """
     header_only = material.inventory.header_only
-    table = error_table(material, sensitivity, types) if header_only else _sizes(material, sensitivity, types)
+    priced = error_table if header_only else _sizes
+    table = priced(material, sensitivity, types, constraints=constraints)
     optimal.check_feasible(material, table, budget, constraints)
 
 
-def _sizes(material: Material, sensitivity: Sensitivity, types: Sequence[GGMLQuantizationType]) -> ErrorTable:
+def _sizes(
+    material: Material, sensitivity: Sensitivity, types: Sequence[GGMLQuantizationType], constraints: Constraints
+) -> ErrorTable:
     """The table with errors that only fall with the size."""
     check_source(material.inventory, material.imatrix)
+    pins = _pins(material.inventory, constraints)
     rows = []
     for tensor in quantizable(material.inventory):
         sensitivity.of(tensor).check(tensor)
         weighted = material.imatrix is not None and material.imatrix.weights_of(tensor) is not None
         rows += [
             ErrorRow(tensor.name, qtype, tensor.bytes_as(qtype), 1 / bits_per_weight(qtype))
-            for qtype in usable_types(tensor, types, weighted, QUANTIZABLE_TYPES)
+            for qtype in usable_types(tensor, types, weighted, QUANTIZABLE_TYPES, pins)
         ]
     return ErrorTable(rows)
 
@@ -135,5 +148,24 @@ def describe_errors(inventory: Inventory, sampling: Sampling) -> str:
     return SOURCE if inventory.header_only else f"measured, {sampling.n_rows} rows a tensor"
 
 
-def _default_cache(inventory: Inventory) -> Path:
-    return cache_folder().with_name("errors") / f"{header_sha256(inventory)[:16]}.jsonl"
+def _pins(inventory: Inventory, constraints: Constraints) -> Pins:
+    found = ((tensor.name, constraints.pin_of(tensor.name)) for tensor in quantizable(inventory))
+    return {name: qtype for name, qtype in found if qtype is not None}
+
+
+def _named_cache(path: Path) -> Path:
+    """A cache that the user asks for, and its folder. Raises WriteError: the folder cannot be made."""
+    with refusals(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _default_cache(inventory: Inventory) -> Path | None:
+    """The user's cache; none, with a note, where that cannot be written, as in containers without a home."""
+    try:
+        path = _named_cache(cache_folder().with_name("errors") / f"{header_sha256(inventory)[:16]}.jsonl")
+        check_place(path)
+    except WriteError as error:
+        print(f"note: measured errors are not kept, unless with --cache FILE: {error}", file=sys.stderr)
+        return None
+    return path

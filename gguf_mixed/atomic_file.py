@@ -42,6 +42,16 @@ def replacing(path: Path, suffix: str = PARTIAL) -> Iterator[Path]:
             raise
 
 
+def check_place(path: Path) -> None:
+    """For commands that work long before they write: refuse at once what `replacing` would. Leaves nothing behind.
+
+    Raises:
+        WriteError: the folder is missing or may not be written, `path` is a folder, another run is writing it.
+    """
+    with refusals(path), exclusive(path) as partial:
+        partial.unlink()
+
+
 def write_file(path: Path, content: str | bytes) -> None:
     """Write a small file, text as UTF-8. Raises WriteError: see `replacing`."""
     with replacing(path) as partial:
@@ -54,8 +64,10 @@ def exclusive(path: Path, suffix: str = PARTIAL) -> Iterator[Path]:
 
     Raises:
         WriteError: another process holds it.
-        OSError: it cannot be opened.
+        OSError: it cannot be opened, or `path` is a folder.
     """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     partial = path.with_name(path.name + suffix)
     descriptor = _open(partial)
     try:

@@ -5,7 +5,7 @@ tensors: expected divergence in nats where a sensitivity was measured. Rows say 
 errors are taken to add up.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from gemma4q_kernels.ggml import FLOAT_TYPES, GGMLQuantizationType
@@ -13,6 +13,9 @@ from gemma4q_kernels.ggml import FLOAT_TYPES, GGMLQuantizationType
 from gguf_mixed.errors import InputError
 from gguf_mixed.imatrix import Imatrix
 from gguf_mixed.tensors import Inventory, Tensor
+
+Pins = Mapping[str, GGMLQuantizationType]
+"""By tensor, a type that it alone may have beside those that all may have."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ def usable_types(
     asked: Sequence[GGMLQuantizationType],
     weighted: bool,
     known: Collection[GGMLQuantizationType],
+    pins: Pins | None = None,
 ) -> tuple[GGMLQuantizationType, ...]:
     """Types that a tensor has rows in a table for, smallest first.
 
@@ -81,13 +85,15 @@ def usable_types(
         asked: types, each standing for what llama-quantize writes in its place where rows do not fit.
         weighted: whether there is imatrix data for the tensor; types that need it are left out where there is none.
         known: types that an error can be told of.
+        pins: see `Pins`.
 
     Raises:
         InputError: none is left.
     """
+    pinned = (pins[tensor.name],) if pins and tensor.name in pins else ()
     types = tuple(
         qtype
-        for qtype in tensor.written_for(asked)
+        for qtype in tensor.written_for([*asked, *pinned])
         if qtype in known and (weighted or not tensor.requires_imatrix(qtype))
     )
     if not types:

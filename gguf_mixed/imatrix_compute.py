@@ -9,7 +9,7 @@ from gguf_mixed.atomic_file import replacing
 from gguf_mixed.errors import InputError
 from gguf_mixed.imatrix import Imatrix
 from gguf_mixed.imatrix_gguf import read_imatrix
-from gguf_mixed.llama_cpp import Log, error_line, inference_options, run_tool
+from gguf_mixed.llama_cpp import Log, asking_for, check_chunks, error_line, inference_options, run_tool
 from gguf_mixed.tensors import read_inventory
 
 DEFAULT_CONTEXT = 512
@@ -54,13 +54,12 @@ def compute_imatrix(
     command += ["--parse-special"] if parse_special else []
     command += inference_options(tool, threads)
     with replacing(output, ".partial.gguf") as partial:  # some builds choose the format by this ending
-        lines = run_tool([*command, "-o", str(partial)], log)
+        told = log if chunks is None else asking_for(chunks, context, text, log)
+        lines = run_tool([*command, "-o", str(partial)], told)
         if not partial.exists() or not partial.stat().st_size:
             raise InputError(f"llama-imatrix: wrote nothing: {error_line(lines) or 'no error printed'}")
         imatrix = read_imatrix(partial)
         imatrix.matches(inventory)
-        if chunks is not None and imatrix.chunk_count != chunks:
-            raise InputError(
-                f"{text.name}: too small: {imatrix.chunk_count} chunks of {context} tokens, asked were {chunks}"
-            )
+        if chunks is not None:
+            check_chunks(imatrix.chunk_count, chunks, context, text)
     return imatrix

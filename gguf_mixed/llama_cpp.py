@@ -29,6 +29,7 @@ Log = Callable[[str], None]
 _SUBFOLDERS = ("", "bin", "build/bin")
 _HELP_SECONDS = 60
 _ASK_AGAIN_RUNS, _ASK_AGAIN_SECONDS = 8, 10
+_CHUNKS = re.compile(r"(?:compute_imatrix|perplexity): (?:computing|calculating perplexity) over (\d+) chunks")
 _STAMP = re.compile(r"^\d+\.\d+\.\d+\.\d+ ")  # minutes.seconds.milliseconds.microseconds, then a level: I, W, E
 
 
@@ -115,6 +116,27 @@ def run_tool(command: Sequence[str], log: Log, main_niceness: int = 0) -> list[s
         end = f"exit {status}" if status > 0 else f"killed by {signal.Signals(-status).name}"
         raise InputError(f"{name}: {end}: {error_line(lines) or last_line(lines)}")
     return lines
+
+
+def asking_for(chunks: int, context: int, text: Path, log: Log) -> Log:
+    """`log`, which also stops a run over a text when the program says, before the first chunk, that it computes fewer.
+
+    It raises InputError: llama-imatrix and llama-perplexity take as many as there are, and call that a success.
+    """
+
+    def check(line: str) -> None:
+        log(line)
+        said = _CHUNKS.search(line)
+        if said:
+            check_chunks(int(said.group(1)), chunks, context, text)
+
+    return check
+
+
+def check_chunks(found: int, asked: int, context: int, text: Path) -> None:
+    """Raises InputError: a text holds fewer chunks of `context` tokens than asked."""
+    if found < asked:
+        raise InputError(f"{text.name}: too small: {found} chunks of {context} tokens, asked were {asked}")
 
 
 def error_line(lines: Sequence[str]) -> str | None:

@@ -26,7 +26,7 @@ from gemma4q_kernels.ggml.quantize import Quantizers, find_library
 from tqdm import tqdm
 
 from gguf_mixed.error_cache import ErrorCache, Sums
-from gguf_mixed.error_table import ErrorRow, ErrorTable, check_source, usable_types
+from gguf_mixed.error_table import ErrorRow, ErrorTable, Pins, check_source, usable_types
 from gguf_mixed.errors import InputError
 from gguf_mixed.imatrix import Imatrix
 from gguf_mixed.llama_cpp import cache_folder
@@ -88,6 +88,7 @@ def measure(
     cache: Path | None = None,
     progress: bool = False,
     workers: Executor | None = None,
+    pins: Pins | None = None,
 ) -> ErrorTable:
     """Measure every quantizable tensor at every type that it can be stored in.
 
@@ -102,6 +103,7 @@ def measure(
         cache: file that keeps results; made where it is missing.
         progress: show a bar on the error stream.
         workers: measure tensors, to the same errors; None: threads of this process do.
+        pins: see `Pins`.
 
     Types that need imatrix data a tensor lacks are left out, as are those the library does not know.
 
@@ -123,7 +125,7 @@ def measure(
 
     def missing() -> Iterator[_Missing]:
         for tensor in tensors:
-            job = _Job.of(tensor, sensitivity, imatrix, asked, quantizers.types)
+            job = _Job.of(tensor, sensitivity, imatrix, asked, quantizers.types, pins)
             digest = job.digest(sampling, library)
             known = kept.get(tensor.name, digest)
             unknown = tuple(qtype for qtype in job.measured_types if qtype.name not in known)
@@ -166,11 +168,12 @@ class _Job:
         imatrix: Imatrix | None,
         asked: Sequence[GGMLQuantizationType],
         known: Sequence[GGMLQuantizationType],
+        pins: Pins | None,
     ) -> "_Job":
         found = sensitivity.of(tensor)
         found.check(tensor)
         weights = imatrix.weights_of(tensor) if imatrix else None
-        return cls(tensor, found, weights, usable_types(tensor, asked, weights is not None, known))
+        return cls(tensor, found, weights, usable_types(tensor, asked, weights is not None, known, pins))
 
     @property
     def measured_types(self) -> tuple[GGMLQuantizationType, ...]:

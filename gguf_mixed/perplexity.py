@@ -21,7 +21,7 @@ from pathlib import Path
 
 from gguf_mixed.atomic_file import replacing
 from gguf_mixed.errors import InputError
-from gguf_mixed.llama_cpp import Log, error_line, inference_options, last_line, run_tool
+from gguf_mixed.llama_cpp import Log, asking_for, check_chunks, error_line, inference_options, last_line, run_tool
 from gguf_mixed.tensors import read_inventory
 
 # The program does not wait for its log at exit, so that the last lines, which hold the figures, may be lost: on two
@@ -156,7 +156,8 @@ def write_base(
     command = [*text_command(tool, model, text, chunks, context, threads), *options]
     with replacing(base_path) as partial:
         held()
-        lines = run_tool([*command, "--kl-divergence-base", str(partial)], log, main_niceness)
+        told = asking_for(chunks, context, text, log)
+        lines = run_tool([*command, "--kl-divergence-base", str(partial)], told, main_niceness)
         return _check_written(partial, Base(base_path, context, vocabulary, chunks), text, lines)
 
 
@@ -263,10 +264,7 @@ def _check_written(partial: Path, expected: Base, text: Path, lines: Sequence[st
     except InputError as error:
         reason = error_line(lines) or f"{error}; the text must be of two chunks or more"
         raise InputError(f"llama-perplexity: no base of {text.name}: {reason}") from error
-    if got.chunks < expected.chunks:
-        raise InputError(
-            f"{text.name}: too small: {got.chunks} chunks of {got.context} tokens, asked were {expected.chunks}"
-        )
+    check_chunks(got.chunks, expected.chunks, got.context, text)
     if (got.context, got.vocabulary) != (expected.context, expected.vocabulary):
         raise InputError(
             f"llama-perplexity: wrote a base of context {got.context} and vocabulary {got.vocabulary}, "

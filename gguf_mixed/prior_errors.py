@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 from gemma4q_kernels.ggml import QUANTIZABLE_TYPES, GGMLQuantizationType
 
-from gguf_mixed.error_table import ErrorRow, ErrorTable, check_source, usable_types
+from gguf_mixed.error_table import ErrorRow, ErrorTable, Pins, check_source, usable_types
 from gguf_mixed.errors import InputError
 from gguf_mixed.imatrix import Imatrix
 from gguf_mixed.sensitivity import Sensitivity, TensorSensitivity, rows_of_matrix
@@ -59,6 +59,7 @@ def prior_errors(
     sensitivity: Sensitivity,
     imatrix: Imatrix | None = None,
     types: Sequence[GGMLQuantizationType] | None = None,
+    pins: Pins | None = None,
 ) -> ErrorTable:
     """The table that `measure` would give if all weights of a tensor were drawn from one normal distribution.
 
@@ -67,6 +68,7 @@ def prior_errors(
         sensitivity: one that knows what a tensor costs as a whole, or nothing.
         imatrix: which tensors have data, and the weight of each column where the sensitivity knows nothing.
         types: only these, or what llama-quantize writes in their place where rows do not fit; None for all.
+        pins: see `Pins`.
 
     Raises:
         InputError: weights of another type, an imatrix or sensitivity of another model, a sensitivity by row or column,
@@ -86,7 +88,7 @@ def prior_errors(
             )
         weighted = imatrix is not None and imatrix.weights_of(tensor) is not None
         scale = _scale(tensor, found, imatrix, weighted)
-        for qtype in usable_types(tensor, known if types is None else types, weighted, known):
+        for qtype in usable_types(tensor, known if types is None else types, weighted, known, pins):
             lost = 0.0 if qtype is tensor.qtype else relative_error(qtype, weighted)
             rows.append(ErrorRow(tensor.name, qtype, tensor.bytes_as(qtype), scale * lost))
     return ErrorTable(rows)

@@ -13,6 +13,7 @@ from gemma4q_kernels.ggml import GGMLQuantizationType, type_name
 from gguf_mixed import strict_json
 from gguf_mixed.atomic_file import write_file
 from gguf_mixed.errors import InputError
+from gguf_mixed.identity import file_sha256, named
 from gguf_mixed.overrides import OverrideTable
 from gguf_mixed.quantize import Job
 from gguf_mixed.tensors import Inventory, RequestedTypes
@@ -56,9 +57,7 @@ def describe(
             "tensors": len(inventory.tensors),
             "parameters": inventory.n_elements,
         },
-        "imatrix": None
-        if job.imatrix_path is None
-        else {"name": job.imatrix_path.name, "sha256": _sha256(job.imatrix_path, None)},
+        "imatrix": None if job.imatrix_path is None else named(job.imatrix_path, file_sha256(job.imatrix_path)),
         "recipe": recipe,
         "arguments": dict(arguments),
         "sensitivity": sensitivity,
@@ -124,6 +123,9 @@ def read_sidecar(table_path: Path, table: OverrideTable) -> dict[str, Any] | Non
     model, types, file_type = (content.get(key) for key in ("model", "types", "file_type"))
     if not isinstance(model, dict) or not all(isinstance(model.get(key), str) for key in ("name", "header_sha256")):
         raise InputError(f"{path.name}: model is {model!r}, expected its name and header_sha256")
+    imatrix = content.get("imatrix")
+    if imatrix is not None and not _is_named(imatrix):
+        raise InputError(f"{path.name}: imatrix is {imatrix!r}, expected its name and sha256")
     if "file_type" not in content or (file_type is not None and type(file_type) is not int):
         raise InputError(f"{path.name}: file_type is {file_type!r}, expected a number")
     if not isinstance(types, dict):
@@ -152,9 +154,30 @@ def check_model(content: Mapping[str, Any], inventory: Inventory) -> None:
         )
 
 
-def _sha256(path: Path, n_bytes: int | None) -> str:
+def check_imatrix(content: Mapping[str, Any], table_path: Path, imatrix: Path | None) -> None:
+    """Check that a table that was planned with an imatrix is used with it; one planned without takes any.
+
+    Raises:
+        InputError: another file or none; or it cannot be read.
+    """
+    planned = content.get("imatrix")
+    given = None if imatrix is None else named(imatrix, file_sha256(imatrix))
+    if planned is not None and (given is None or given["sha256"] != planned["sha256"]):
+        got = "none" if given is None else _short(given)
+        raise InputError(f"{table_path.name}: planned with imatrix {_short(planned)}, got {got}")
+
+
+def _is_named(value: object) -> bool:
+    return isinstance(value, dict) and all(isinstance(value.get(key), str) for key in ("name", "sha256"))
+
+
+def _short(file: Mapping[str, str]) -> str:
+    return f"{file['name']} ({file['sha256'][:8]})"
+
+
+def _sha256(path: Path, n_bytes: int) -> str:
     digest = hashlib.sha256()
-    left = path.stat().st_size if n_bytes is None else n_bytes
+    left = n_bytes
     with path.open("rb") as file:
         while left > 0 and (piece := file.read(min(_PIECE, left))):
             digest.update(piece)

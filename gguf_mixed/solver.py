@@ -39,6 +39,10 @@ class Constraints:
     floors: Mapping[str, float] = field(default_factory=dict)
     uniform: Sequence[str] = ()
 
+    def pin_of(self, tensor: str) -> GGMLQuantizationType | None:
+        """The type a tensor must have, None where it is free. Raises InputError: a pattern is no regular expression."""
+        return next((qtype for pattern, qtype in self.pins.items() if _search(pattern, tensor)), None)
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -105,12 +109,15 @@ def _demanded(table: ErrorTable, budget: int, constraints: Constraints) -> tuple
 
 def _check_patterns(table: ErrorTable, constraints: Constraints) -> None:
     for pattern in (*constraints.pins, *constraints.floors, *constraints.uniform):
-        try:
-            found = any(re.search(pattern, tensor) for tensor in table.by_tensor)
-        except re.error as error:
-            raise InputError(f"pattern {pattern}: not a regular expression: {error}") from error
-        if not found:
+        if not any(_search(pattern, tensor) for tensor in table.by_tensor):
             raise InputError(f"pattern {pattern}: matches no tensor")
+
+
+def _search(pattern: str, tensor: str) -> re.Match[str] | None:
+    try:
+        return re.search(pattern, tensor)
+    except re.error as error:
+        raise InputError(f"pattern {pattern}: not a regular expression: {error}") from error
 
 
 def _units(table: ErrorTable, constraints: Constraints) -> dict[object, list[str]]:
@@ -136,7 +143,7 @@ def _options(table: ErrorTable, tensors: Sequence[str], constraints: Constraints
 
 def _allowed(table: ErrorTable, tensor: str, constraints: Constraints) -> list[ErrorRow]:
     rows = table.by_tensor[tensor]
-    pinned = next((qtype for pattern, qtype in constraints.pins.items() if re.search(pattern, tensor)), None)
+    pinned = constraints.pin_of(tensor)
     if pinned is not None:
         rows = tuple(row for row in rows if row.qtype == pinned)
         if not rows:

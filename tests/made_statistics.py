@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from vllm_gemma4q.architecture import is_fused_experts, is_linear_weight, parse_text_architecture
+from vllm_gemma4q.calibration.identity import model_identity
 from vllm_gemma4q.calibration.statistics import N_BINS, Inputs, as_arrays, histogram_edges, write_statistics
+from vllm_gemma4q.checkpoint import open_checkpoint
 
 SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
@@ -60,5 +62,7 @@ def write_for(folder: Path, path: Path, unreached=(), change=lambda module, valu
             continue
         found[module] = observe(change(module, random_inputs(shape, seed, unreached if len(shape) == 3 else ())))
         arrays |= as_arrays(module, found[module])
-    write_statistics(path, arrays, stored_as, {"samples": 1, "tokens": 32})
+    write_statistics(
+        path, arrays, stored_as, {"samples": 1, "tokens": 32, "model": model_identity(open_checkpoint(folder))}
+    )
     return found

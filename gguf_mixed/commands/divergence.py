@@ -16,9 +16,10 @@ from tqdm import tqdm
 from gguf_mixed.base_file import Comparison, ensure_base
 from gguf_mixed.commands import comparison_options as options
 from gguf_mixed.commands.output import AsJson
+from gguf_mixed.errors import InputError
 from gguf_mixed.identity import model_sha256
 from gguf_mixed.llama_cpp import find_tool
-from gguf_mixed.perplexity import Base, Divergence, divergence
+from gguf_mixed.perplexity import Base, Divergence, divergence, vocabulary_of
 from gguf_mixed.tensors import Inventory, read_inventory
 
 
@@ -35,12 +36,16 @@ def command(
 ) -> None:
     """Measure how far quantized models are from the one they were made of, with the real llama-perplexity."""
     inventories = [read_inventory(model) for model in models]
+    _check_vocabularies(reference, models)
     tool = find_tool("llama-perplexity", llama_cpp)
     comparison = Comparison(tool, reference, text, chunks, context, threads)
     with options.base_path(base) as path:
         written = ensure_base(comparison, path, lambda line: print(line, file=sys.stderr))
-        progress = tqdm(models, unit="model", disable=not sys.stderr.isatty())
-        found = [divergence(tool, model, path, threads=threads) for model in progress]
+        found = []
+        for model in (progress := tqdm(models, unit="model", disable=not sys.stderr.isatty())):
+            found.append(divergence(tool, model, path, threads=threads))
+            if len(models) > 1:  # so that it is known should a later one fail
+                progress.write(_line(model, found[-1]), file=sys.stderr)
     if as_json:
         print(json.dumps(_report(comparison, written, inventories, found)))
         return
@@ -56,6 +61,19 @@ def command(
         size, bpw = decimal(inventory.file_bytes), f"{_bpw(inventory):.3f}"
         table.add_row(inventory.path.name, size, bpw, *options.cells(each))
     Console().print(table)
+
+
+def _check_vocabularies(reference: Path, models: list[Path]) -> None:
+    expected = vocabulary_of(reference)
+    for model in models:
+        found = vocabulary_of(model)
+        if found != expected:
+            raise InputError(f"{reference.name}: vocabulary of {expected}, {model.name} has {found}")
+
+
+def _line(model: Path, found: Divergence) -> str:
+    told = zip(options.HEADINGS, options.cells(found), strict=True)
+    return f"{model.name}: {'; '.join(f'{heading} {cell}' for heading, cell in told)}"
 
 
 def _report(

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from gguf_mixed.atomic_file import check_place
 from gguf_mixed.commands.output import AsJson, show
 from gguf_mixed.errors import InputError
 from gguf_mixed.fisher import write_fisher
@@ -29,6 +30,7 @@ def command(
     as_json: AsJson = False,
 ) -> None:
     """Measure how sensitive the model's output is to each weight: a few backward passes (needs its full memory)."""
+    check_place(output)
     try:
         import torch
 

@@ -14,6 +14,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from gguf_mixed.allocation import Measuring, check_feasible, describe_errors, error_table
+from gguf_mixed.atomic_file import check_place
 from gguf_mixed.commands import allocation_options as options
 from gguf_mixed.errors import InputError
 from gguf_mixed.measure import N_ROWS, Sampling
@@ -22,7 +23,7 @@ from gguf_mixed.quantize import Job
 from gguf_mixed.recipes import Choice, Material, find_recipe
 from gguf_mixed.recipes.optimal import Budget, optimal
 from gguf_mixed.roles import group_by_role
-from gguf_mixed.sidecar import describe, write_plan
+from gguf_mixed.sidecar import describe, sidecar_path, write_plan
 from gguf_mixed.sources import ROLE_PRIOR, find_sensitivity
 from gguf_mixed.tasks import Where
 from gguf_mixed.tasks import options as scale
@@ -67,12 +68,14 @@ def command(
     inventory = material.inventory
     if output.exists() and any(output.samefile(header.path) for header in inventory.headers):
         raise InputError(f"{output.name}: is the model itself")
+    for path in (output, sidecar_path(output)):
+        check_place(path)
     divergence: float | None = None
     errors: str | None = None
     if recipe.lower() == OPTIMAL:
         budget = Budget(bpw, None if size is None else options.parse_bytes(size))
         constraints = options.parse_constraints(pin, floor, uniform)
-        choices = [*options.parse_types(types, backend, budget.bpw_of(inventory)), *constraints.pins.values()]
+        choices = options.parse_types(types, backend, budget.bpw_of(inventory))
         source = find_sensitivity(sensitivity, inventory, force)
         check_feasible(material, source, choices, budget, constraints)
         if not source.measured:
@@ -81,7 +84,7 @@ def command(
             print("note: errors of types are a prior: the file holds no weights, only a header", file=sys.stderr)
         here = threads or os.cpu_count() or 1
         how = Measuring(Sampling(rows, seed), here, cache, sys.stderr.isatty(), Where(workers, ray))
-        table = error_table(material, source, choices, how)
+        table = error_table(material, source, choices, how, constraints)
         choice, described = optimal(material, table, budget, constraints), source.source
         divergence = sum(choice.errors.values()) if source.measured and not inventory.header_only else None
         errors = describe_errors(inventory, how.sampling)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from gguf_mixed.atomic_file import check_place
 from gguf_mixed.commands.output import AsJson
 from gguf_mixed.errors import InputError
 from gguf_mixed.imatrix import Imatrix
@@ -78,8 +79,7 @@ def _check_imatrix_output(
         raise InputError(f"{imatrix_output.name}: --imatrix-output is one of the other files")
     if imatrix_output.exists() and not overwrite:
         raise InputError(f"{imatrix_output.name}: exists: --overwrite")
-    if not imatrix_output.parent.is_dir():
-        raise InputError(f"{imatrix_output.parent}: no such folder")
+    check_place(imatrix_output)
 
 
 def _write(prune: Prune, output: Path, progress: bool) -> None:

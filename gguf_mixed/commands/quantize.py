@@ -12,7 +12,7 @@ from gguf_mixed.engine import Engine, find_engine, prepare
 from gguf_mixed.imatrix_gguf import read_imatrix
 from gguf_mixed.overrides import read_overrides
 from gguf_mixed.quantize import Job, partial_path
-from gguf_mixed.sidecar import check_model, read_sidecar
+from gguf_mixed.sidecar import check_imatrix, check_model, read_sidecar
 from gguf_mixed.tensors import read_inventory
 
 
@@ -37,6 +37,7 @@ def command(
     content = read_sidecar(overrides, table)
     if content is not None:
         check_model(content, inventory)
+        check_imatrix(content, overrides, imatrix)
     job = Job(inventory, table, None if imatrix is None else read_imatrix(imatrix), imatrix)
     found = find_engine(engine, llama_cpp)
     if isinstance(found.used, Quantizers) and found.because:

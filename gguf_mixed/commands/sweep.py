@@ -13,7 +13,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from gguf_mixed.allocation import Measuring, describe_errors, error_table
-from gguf_mixed.atomic_file import exclusive_folder
+from gguf_mixed.atomic_file import check_place, exclusive_folder
 from gguf_mixed.base_file import Comparison
 from gguf_mixed.commands import allocation_options as options
 from gguf_mixed.commands import comparison_options as comparing
@@ -115,13 +115,16 @@ def command(
         results = open_results(folder, inputs, identity)
         pending = pending_tiers(folder, chosen, results, evaluation)
         if pending:
+            check_place(results.path)
+            if evaluation is not None and base is not None and not base.exists():
+                check_place(base)
             if not source.measured:
                 _say(f"note: sensitivity is {source.source}, not measured on this model: no divergence is predicted")
             if material.inventory.header_only:
                 _say("note: errors of types are a prior: the file holds no weights, only a header")
             here = threads or os.cpu_count() or 1
             how = Measuring(Sampling(rows, seed), here, cache, sys.stderr.isatty(), Where(workers, ray))
-            table = error_table(material, source, [*allowed, *constraints.pins.values()], how)
+            table = error_table(material, source, allowed, how, constraints)
             errors = describe_errors(material.inventory, how.sampling)
             planned = plan_tiers(Planner(material, source, table, errors, constraints), pending, results)
             run_tiers(folder, planned, results, evaluation, _say)

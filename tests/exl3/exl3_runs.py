@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from synthetic import small_config
 
 from vllm_gemma4q.architecture import is_fused_experts, is_linear_weight, parse_text_architecture
+from vllm_gemma4q.calibration.identity import model_identity
 from vllm_gemma4q.calibration.statistics import as_arrays, write_statistics
 from vllm_gemma4q.checkpoint import open_checkpoint
 from vllm_gemma4q.checkpoint.convert import convert
@@ -47,7 +48,8 @@ def write_hessians(folder, path, without=(), change=lambda module, hessian: hess
             arrays |= as_arrays(module, observe(rows), None if module in without else hessian)
             means[module] = hessian / np.float32(len(every))
         means[module] = means[stored]
-    details = {"samples": SAMPLES, "tokens": 32, "max_length": LENGTH}
+    model = model_identity(open_checkpoint(folder))
+    details = {"samples": SAMPLES, "tokens": 32, "max_length": LENGTH, "model": model}
     write_statistics(path, arrays, stored_as, details)
     return means
 

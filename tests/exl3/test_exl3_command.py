@@ -1,6 +1,7 @@
 """`gemma4q quantize --scheme exl3` as users run it: options, JSON, refusals in one line. tests/crash kills it."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from synthetic import write_checkpoint
 from vllm_gemma4q.checkpoint import open_checkpoint
 from vllm_gemma4q.checkpoint.convert import convert
 from vllm_gemma4q.errors import InputError
+from vllm_gemma4q.exl3 import memory, steps
 from vllm_gemma4q.exl3.quantize import Options, plan
 
 GEMMA4Q = Path(sys.executable).with_name("gemma4q")
@@ -37,7 +39,7 @@ def made(tmp_path_factory):
         (["--scheme", "exl3", "--no-hessian"], "--bits is missing, expected 1 to 8, such as 3.5"),
         (EXL3, "--statistics is missing, expected what gemma4q calibrate --hessians wrote"),
         ([*EXL3, "--no-hessian", "--statistics", "hessians"], "--no-hessian: got --statistics hessians too"),
-        ([*EXL3, "--statistics", "absent"], "absent: cannot be read: No such file or directory"),
+        ([*EXL3, "--statistics", "absent"], "absent: cannot be read as a statistics file"),
         ([*EXL3, "--statistics", "without"], "down_proj: missing, expected what gemma4q calibrate --hessians wrote"),
         (["--scheme", "exl3", "--bits", "8.1", "--no-hessian"], "bits: got 8.1, expected 1 to 8"),
         ([*EXL3, "--no-hessian", "--head-bits", "9"], "head bits: got 9, expected 1 to 8, or 16 to leave it"),
@@ -133,6 +135,49 @@ def test_statistics_of_another_model(made, tmp_path):
     write_hessians(tmp_path / "other", tmp_path / "statistics")
     with pytest.raises(InputError, match="statistics of another model: nothing for .*layers.1"):
         plan(open_checkpoint(made / "source"), Options(4), tmp_path / "statistics")
+
+
+def test_statistics_of_another_fine_tune(made, tmp_path):
+    """The same names and shapes: its Hessians would be taken without a word."""
+    tuned = open_checkpoint(write_checkpoint(tmp_path / "tuned", tiny_config(SLIDING, FULL), seed=1))
+    with pytest.raises(InputError, match=r"hessians: statistics of another model: source \(\w+\), expected tuned \("):
+        plan(tuned, Options(4), made / "hessians")
+
+
+def test_memory_is_looked_for_before_anything_is_written(made, tmp_path, monkeypatch, gemma4q):
+    """The head takes most, and comes last."""
+    command = ["quantize", made / "source", tmp_path / "target", *EXL3, "--no-hessian"]
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    code, _, error = gemma4q(*command)
+    assert code == 2 and not (tmp_path / "target").exists()
+    expected = r"error: lm_head: takes about \d+\.\d GB of memory to quantize, and device cpu has 0\.0 free, expected "
+    assert re.match(expected + "--head-bits 16, which leaves it as it is, or a device with more\n", error), error
+    assert gemma4q(*command, "--dry-run")[0] == 0
+
+
+def test_memory_that_a_linear_takes():
+    """A layer of the 31B is far from its head."""
+    head, down = memory.bytes_of((262144, 5376), True), memory.bytes_of((5376, 21504), True)
+    assert 30e9 < head < 36e9 and 8e9 < down < 11e9
+    assert memory.free_bytes("cpu") is None or 1e8 < memory.free_bytes("cpu") < 1e13
+
+
+def test_a_full_gpu_keeps_what_is_finished(made, tmp_path, monkeypatch):
+    calls = []
+    compute = steps.Writing._compute
+
+    def full(self, linear, rows, progress):
+        calls.append(linear.module)
+        if len(calls) == 8:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return compute(self, linear, rows, progress)
+
+    monkeypatch.setattr(steps.Writing, "_compute", full)
+    planned = plan(open_checkpoint(made / "source"), Options(1), None, 100_000)
+    with pytest.raises(InputError, match="tensor .*: the device's memory is full; run it again with more"):
+        convert(planned, tmp_path / "target", ["test"], lambda _: None)
+    assert list((tmp_path / "target").glob("*.safetensors"))
+    assert convert(planned, tmp_path / "target", ["test"], lambda _: None)
 
 
 def test_already_quantized(made, tmp_path):

@@ -103,7 +103,8 @@ def test_experts_that_come_one_by_one(tmp_path):
     rest = {name: tensor for name, tensor in tensors.items() if not name.endswith((".gate_up_proj", ".down_proj"))}
     other = write_checkpoint(tmp_path / "split", small_config(moe=True))
     save_file({**rest, **split}, other / "model.safetensors", metadata={"format": "pt"})
-    result = run(other, tmp_path / "statistics", tmp_path / "split-target")
+    write_for(other, tmp_path / "split-statistics", unreached=(2,))
+    result = run(other, tmp_path / "split-statistics", tmp_path / "split-target")
     assert set(result) == set(fused)
     assert all(same(result[name], fused[name]) for name in result)
 
@@ -194,3 +195,12 @@ def test_a_finished_run_is_left_alone_and_another_rule_is_another_run(tmp_path):
     other = plan(open_checkpoint(source), tmp_path / "statistics", Options(weights=Rule.MSE))
     with pytest.raises(InputError, match="not empty"):
         convert(other, tmp_path / "target", ["test"], lambda _: None)
+
+
+def test_statistics_of_another_fine_tune(tmp_path):
+    """The same names and shapes: its activations would decide scales without a word."""
+    source = write_checkpoint(tmp_path / "source", small_config())
+    tuned = write_checkpoint(tmp_path / "tuned", small_config(), seed=1)
+    write_for(source, tmp_path / "statistics")
+    with pytest.raises(InputError, match=r"statistics: statistics of another model: source \(\w+\), expected tuned \("):
+        plan(open_checkpoint(tuned), tmp_path / "statistics")

@@ -7,6 +7,7 @@ from functools import partial
 import in_process
 import numpy as np
 import pytest
+from gemma4q_kernels.ggml import GGMLQuantizationType
 from gguf_files import BF16, write_gguf
 from quantize_runs import with_imatrices
 from safetensors.numpy import save_file
@@ -15,6 +16,8 @@ from gguf_mixed.fisher import Fisher, Marginals, write_fisher
 from gguf_mixed.recipes.base import quantizable
 from gguf_mixed.sensitivity import rows_of_matrix
 from gguf_mixed.tensors import read_inventory
+
+Q4_0, EMBEDDINGS = GGMLQuantizationType.Q4_0, "token_embd.weight"
 
 
 def marginals_of(inventory, extra_rows=0):
@@ -159,3 +162,30 @@ def test_a_header_is_planned_from_the_prior(run, files):
 def test_a_fixed_recipe_looks_at_no_errors(run, files):
     assert run("model.gguf", "--recipe", "uniform-q8_0")[0] == 0
     assert (sidecar(files)["errors"], sidecar(files)["sensitivity"]) == (None, "none: the recipe is a fixed rule")
+
+
+def test_a_pinned_type_is_for_what_is_pinned_alone(run, files, tmp_path):
+    """At a size that has room for it everywhere."""
+    arguments = ["--recipe", "optimal", "--bpw", 9, "--rows", 4, "--cache", tmp_path / "errors.jsonl"]
+    tensors = quantizable(read_inventory(files / "model.gguf"))
+    expected = {tensor.name: tensor.written_type(Q4_0).name.lower() for tensor in tensors} | {EMBEDDINGS: "q6_k"}
+    for source in ("model.gguf", "header.gguf"):
+        code, _, errors = run(source, *arguments, "--types", "q4_0", "--pin", "token_embd=q6_k")
+        assert code == 0, errors
+        found = sidecar(files)["types"]
+        assert {name: found[name] for name in expected} == expected
+    rows = [json.loads(line) for line in (tmp_path / "errors.jsonl").read_text().splitlines()[1:]]
+    assert {row["tensor"] for row in rows if "Q6_K" in row["sums"]} == {EMBEDDINGS}
+
+
+def test_without_a_place_for_the_cache(run, files, tmp_path, monkeypatch):
+    """The default one is done without; one that is named is an error."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    arguments = ["model.gguf", "--recipe", "optimal", "--bpw", 9, "--types", "q4_0,q8_0", "--rows", 4]
+    code, _, errors = run(*arguments, "--sensitivity", "fisher.safetensors")
+    assert (code, errors.count("\n")) == (0, 1)
+    assert errors.startswith(f"note: measured errors are not kept, unless with --cache FILE: {tmp_path / 'file'}/")
+    code, output, errors = run(*arguments, "--sensitivity", "fisher.safetensors", "--cache", tmp_path / "file" / "x")
+    assert (code, output) == (2, "")
+    assert errors.startswith(f"error: {tmp_path / 'file' / 'x'}: cannot be written: ") and errors.count("\n") == 1

@@ -121,7 +121,7 @@ def test_outputs_are_not_replaced_unasked(run, folder):
         (["--imatrix-output", "o.gguf"], "--imatrix FILE and --imatrix-output FILE go together"),
         (["--imatrix", "i.gguf", "--imatrix-output", "out.gguf"], "out.gguf: --imatrix-output is one of the other"),
         (["--imatrix", "i.gguf", "--imatrix-output", "i.gguf"], "i.gguf: --imatrix-output is one of the other files"),
-        (["--imatrix", "i.gguf", "--imatrix-output", "no/o.gguf"], "no: no such folder"),
+        (["--imatrix", "i.gguf", "--imatrix-output", "no/o.gguf"], "no/o.gguf: cannot be written: No such file"),
         (["--imatrix", "model.gguf", "--imatrix-output", "o.gguf"], "model.gguf: not an imatrix"),
         (["--top-k", "5"], "layer 0: 4 of 6 experts left, expected at least 5 (top_k)"),
     ],

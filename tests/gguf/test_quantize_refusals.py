@@ -170,3 +170,25 @@ def test_an_imatrix_of_another_model_is_refused(folder):
     entries = {"blk.9.ffn_up.weight": next(iter(imatrix_of(job.inventory).entries.values()))}
     with pytest.raises(InputError, match="imatrix is of another model"):
         Job(job.inventory, job.table, Imatrix(entries))
+
+
+def test_a_table_goes_with_the_imatrix_it_was_planned_with(folder):
+    llama(folder, f'echo "{NEW_HELP}"')
+    tools = ["--llama-cpp", folder / "tools", "--dry-run"]
+    given, other = (["--imatrix", folder / name] for name in ("imatrix.gguf", "imatrix.dat"))
+    plan(folder, "rank15", *given)
+    ours, theirs = (hashlib.sha256((folder / f"imatrix.{end}").read_bytes()).hexdigest()[:8] for end in ("gguf", "dat"))
+    planned = f"error: table.txt: planned with imatrix imatrix.gguf ({ours}), got"
+    for arguments, got in (((), "none"), (other, f"imatrix.dat ({theirs})")):
+        finished = quantize(folder, *tools, *arguments)
+        assert (finished.returncode, finished.stdout, finished.stderr) == (2, "", f"{planned} {got}\n")
+    renamed = shutil.copy(folder / "imatrix.gguf", folder / "renamed.gguf")
+    for arguments in (given, ["--imatrix", renamed]):  # by content, not by name
+        assert quantize(folder, *tools, *arguments).returncode == 0
+    plan(folder, "uniform-q4_k")
+    for arguments in ((), given, other):
+        assert quantize(folder, *tools, *arguments).returncode == 0
+    sidecar = folder / "table.txt.json"
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {"imatrix": {"name": 1}}))
+    finished = quantize(folder, *tools)
+    assert finished.stderr == "error: table.txt.json: imatrix is {'name': 1}, expected its name and sha256\n"

@@ -38,7 +38,7 @@ def test_a_link_to_a_secret_is_not_copied(checkpoint, tmp_path, capsys, monkeypa
     (tmp_path / "secret").write_text("key")
     (checkpoint / "vocab.txt").symlink_to(tmp_path / "secret")
     made = tmp_path / "made"
-    code, out, err = run(capsys, monkeypatch, "gemma4q", "quantize", checkpoint, made, "--scheme", "quark-int8")
+    code, out, err = run("gemma4q", "quantize", checkpoint, made, "--scheme", "quark-int8")
     assert (code, out) == (2, "") and not made.exists()
     assert err.startswith(f"error: vocab.txt: a link to {tmp_path / 'secret'}, expected a file in {checkpoint}")
 
@@ -101,10 +101,10 @@ def with_code(tmp_path) -> Path:
 def test_no_command_runs_code_of_a_checkpoint(with_code, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(with_code)
     before = set(sys.modules)
-    code, out, _ = run(capsys, monkeypatch, "gemma4q", "doctor", with_code)
+    code, out, _ = run("gemma4q", "doctor", with_code)
     assert code == 0 and "note  remote-code  config.json (and 9 more): got code" in out
     made = tmp_path / "made"
-    code, _, err = run(capsys, monkeypatch, "gemma4q", "quantize", with_code, made, "--scheme", "quark-int8")
+    code, _, err = run("gemma4q", "quantize", with_code, made, "--scheme", "quark-int8")
     assert code == 0, err
     assert not list(made.rglob("*.py")) and not (tmp_path / MARKER).exists()
     assert not {name for name in set(sys.modules) - before if "evil" in name.lower()}
@@ -122,7 +122,7 @@ def test_no_loader_of_transformers_runs_code_of_a_checkpoint(with_code, tmp_path
     text = tmp_path / "text.txt"
     text.write_text("A calibration of one sample. " * 200)
     words = ["gemma4q", "calibrate", with_code, tmp_path / "statistics", "--text", text, "--samples", "1"]
-    code, _, err = run(capsys, monkeypatch, *words, "--max-length", "64")
+    code, _, err = run(*words, "--max-length", "64")
     assert code == 0, err
     settings = json.loads((with_code / "tokenizer_config.json").read_text())
     (with_code / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenizer_class": "Evil"}))

@@ -99,7 +99,7 @@ TENSORS = {
 def test_doctor_of_strange_tensors(case, quantization, tmp_path, capsys, monkeypatch):
     folder = write_checkpoint(tmp_path / "a", {**small_config(), "quantization_config": quantization})
     with_tensor(folder, *TENSORS[case])
-    code, out, err = run(capsys, monkeypatch, "gemma4q", "doctor", folder)
+    code, out, err = run("gemma4q", "doctor", folder)
     assert code in (0, 1) and err == "" and "vllm 0.32.0 on GPU: " in out
 
 
@@ -109,7 +109,7 @@ def test_doctor_of_strange_tensors(case, quantization, tmp_path, capsys, monkeyp
 def test_doctor_of_templates_that_jinja_cannot_parse(template, tmp_path, capsys, monkeypatch):
     folder = write_checkpoint(tmp_path / "a", small_config())
     (folder / "chat_template.jinja").write_text("<|turn>{{ tools }}" + template)
-    code, out, _ = run(capsys, monkeypatch, "gemma4q", "doctor", folder)
+    code, out, _ = run("gemma4q", "doctor", folder)
     assert code == 1 and "bad-chat-template" in out
 
 
@@ -119,7 +119,7 @@ def test_exl3_of_a_checkpoint_with_unsigned_integers(tmp_path, capsys, monkeypat
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes().replace(b'"dtype": "U8", "shape": [8]', b'"dtype": "U16","shape": [4]'))
     words = ["--scheme", "exl3", "--bits", "3", "--no-hessian", "--dry-run"]
-    assert run(capsys, monkeypatch, "gemma4q", "quantize", folder, tmp_path / "made", *words)[0] == 0
+    assert run("gemma4q", "quantize", folder, tmp_path / "made", *words)[0] == 0
 
 
 def sidecar(change: Callable[[dict[str, Any]], object]) -> bytes:
@@ -180,7 +180,7 @@ def test_statistics_whose_metadata_is_none(tmp_path, key, value):
 
 def test_an_imatrix_that_would_clear_the_terminal(tmp_path, capsys, monkeypatch):
     (tmp_path / "i").write_bytes(seeds.legacy_imatrix().replace(b"a.txt", b"\x1b[2Ja"))
-    code, out, _ = run(capsys, monkeypatch, "gguf-mixed", "imatrix", tmp_path / "i")
+    code, out, _ = run("gguf-mixed", "imatrix", tmp_path / "i")
     assert code == 0 and "computed on: \\x1b[2Ja" in out
 
 

@@ -127,7 +127,7 @@ def test_statistics(choice, text, tmp_path):
     write(quark_int8.plan(open_checkpoint(EXAMPLE)), tmp_path / "int8")
     assert "statistics: statistics of a dense model" in refused("prune", tmp_path / "int8", target, *of_dense)
     made_statistics.write_for(EXAMPLE, tmp_path / "damaged")
-    assert "damaged: statistics of another model" in refused(
+    assert "damaged: statistics of a dense model" in refused(
         "prune", EXAMPLE, target, "--statistics", tmp_path / "damaged", *choice[2:]
     )
     absent = ["--statistics", tmp_path / "absent", *choice[2:]]
@@ -179,6 +179,29 @@ def test_target_that_is_not_empty_without_a_refit(choice, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     assert "not empty, and not an unfinished run" in refused("prune", EXAMPLE, tmp_path, *choice)
     assert list(content(tmp_path)) == ["notes.txt"]
+
+
+def test_places_are_looked_at_before_losses_are_measured(choice, text, tmp_path, no_model):
+    """--spread runs the model for hours, and nothing of it is kept."""
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    absent = tmp_path / "absent" / "x"
+    for target, option, expected in (
+        ("full", [], "full: not empty, and not an unfinished run of this command"),
+        ("target", ["--work", tmp_path / "full"], "full: not empty, and not an unfinished run of this command"),
+        ("target", ["--plot", absent], "absent/x: cannot be written: No such file or directory"),
+        ("target", ["--drop-map-output", absent], "absent/x: cannot be written: No such file or directory"),
+    ):
+        spread = ["prune", EXAMPLE, tmp_path / target, *choice, "--spread", "--text", text, *RUN]
+        assert expected in refused(*spread, *option)
+    assert list(content(tmp_path)) == ["full/notes.txt"]
+
+
+def test_room_for_activations_is_looked_for(choice, text, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    line = refused("prune", EXAMPLE, "--evaluate", text, *choice, *RUN, "--activations-limit", "1kB")
+    assert re.search(r": activations take [\d,]+ bytes, and 1,000 are free: fewer --samples, ", line), line
 
 
 def test_too_little_text(choice, tmp_path):

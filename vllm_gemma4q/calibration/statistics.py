@@ -36,7 +36,7 @@ from safetensors.numpy import save
 
 from gguf_mixed import strict_json
 from gguf_mixed.atomic_file import write_file
-from vllm_gemma4q.errors import InputError, reading
+from vllm_gemma4q.errors import InputError, ReadError, reading
 
 Array = npt.NDArray[Any]
 
@@ -211,10 +211,11 @@ def read_statistics(path: Path) -> Statistics:
         InputError: unreadable, truncated, of another kind, or a linear without all its arrays.
     """
     try:
-        with reading(path), safe_open(path, "numpy") as file:
+        with safe_open(path, "numpy") as file:
             metadata, names = file.metadata() or {}, frozenset(file.keys())
-    except SafetensorError as error:
-        raise InputError(f"{path.name}: cannot be read as a statistics file: {error}") from error
+    except (OSError, SafetensorError) as error:
+        kind = ReadError if isinstance(error, OSError) else InputError
+        raise kind(f"{path.name}: cannot be read as a statistics file: {error}") from error
     if metadata.get("format") != FORMAT:
         raise InputError(f"{path.name}: got format {metadata.get('format')}, expected {FORMAT}")
     return Statistics(path, metadata, names)

@@ -32,7 +32,7 @@ class Conversion:
     a second checkpoint of which nothing else is read. `files` are small ones to be written beside the weights, by
     name, in place of the source's of that name. `settings` decide the output beside the steps, and `reads` are other
     files that do: a resumed run must share both. `conclude` turns the notes of all steps that compute into more
-    details.
+    details. `check_machine` raises InputError where this process cannot carry out the steps; workers may lie elsewhere.
     """
 
     scheme: str
@@ -47,6 +47,7 @@ class Conversion:
     settings: Mapping[str, Any] = field(default_factory=dict)
     reads: Sequence[Path] = ()
     conclude: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    check_machine: Callable[[], object] = lambda: None
 
     @cached_property
     def shards(self) -> list[Shard]:
@@ -123,6 +124,8 @@ def convert(
     run = Run(target, conversion.identity())
     if run.is_complete:
         return False
+    if workers is None:
+        conversion.check_machine()
     with run:
         run.require_space(conversion.output_bytes)
         shards = conversion.shards

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from gguf_mixed.tasks import TaskLost
 from vllm_gemma4q.checkpoint.direct_io import DirectReader, aligned_buffer, fits
 from vllm_gemma4q.checkpoint.hashing import HashingReader, HashingWriter
 from vllm_gemma4q.checkpoint.header import DTYPE_BYTES
@@ -174,6 +175,10 @@ class _Pipeline:
                 computed = step.compute(rows, progress)
             except ValueError as error:
                 raise _refused(block, error) from error
+            except torch.OutOfMemoryError as error:  # of a GPU that others use, too
+                raise TaskLost(
+                    f"tensor {step.source.name}: the device's memory is full; run it again with more"
+                ) from error
         for chunk in _checked(step, computed):
             output.write(chunk)
         progress.complete()

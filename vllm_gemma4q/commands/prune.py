@@ -8,15 +8,18 @@ from typing import Annotated, Any
 
 import typer
 
+from gguf_mixed.atomic_file import check_place
 from gguf_mixed.commands.output import AsJson
 from gguf_mixed.drop_map import RetainedExperts, read_drop_map, write_drop_map
+from gguf_mixed.sweep_plot import require_matplotlib
 from vllm_gemma4q.calibration.statistics import read_statistics
 from vllm_gemma4q.checkpoint import Checkpoint, open_checkpoint
+from vllm_gemma4q.checkpoint.run import MANIFEST
 from vllm_gemma4q.commands.model import Device, Dtype
 from vllm_gemma4q.commands.progress import byte_bar
 from vllm_gemma4q.commands.prune_model import PrunedModel, Text
 from vllm_gemma4q.commands.prune_report import print_plan, print_scores, print_verdicts, scores_report
-from vllm_gemma4q.commands.prune_writing import Writing
+from vllm_gemma4q.commands.prune_writing import Writing, check_places, work_folder
 from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.pruned_moe.choose import DEFAULT, NAMES, Chooser, overlaps
 from vllm_gemma4q.pruned_moe.knobs import Options
@@ -102,6 +105,9 @@ def command(
     _check_task(target, bool(text), spread, scores_only, bool(evaluate), bool(compare))
     options = Options(shared_boost, soft_transfer, top_k)
     checkpoint = open_checkpoint(source)
+    _check_outputs(plot, drop_map_output)
+    if target is not None and not dry_run and not (target / MANIFEST).is_file():
+        check_places(checkpoint, target, *[work or work_folder(target)] * bool(refit and text))
     chooser = None
     if drop_map is None:
         assert keep is not None
@@ -131,7 +137,7 @@ def command(
     if evaluate or target is None:
         return
     job = Writing(checkpoint, retained, options, parse_size(max_shard_size))
-    folder = work or target.with_name(target.name + ".work")
+    folder = work or work_folder(target)
     if refit and text:
         conversion, written = job.refitted(target, folder, model, provenance, dry_run)
     else:
@@ -145,6 +151,15 @@ def command(
         "written": written,
     }
     print(json.dumps(report)) if as_json else print_plan(report, dry_run)
+
+
+def _check_outputs(plot: Path | None, drop_map_output: Path | None) -> None:
+    """What is written at the end: looked at before recipes run the model for hours."""
+    if plot is not None:
+        require_matplotlib()
+    for path in (plot, drop_map_output):
+        if path is not None:
+            check_place(path)
 
 
 def _check_names(*recipes: str) -> None:

@@ -21,6 +21,22 @@ from vllm_gemma4q.pruned_moe.prune import plan
 _REQUEST = "request"
 
 
+def work_folder(target: Path) -> Path:
+    """Of a refit, where none is named."""
+    return target.with_name(target.name + ".work")
+
+
+def check_places(source: Checkpoint, *places: Path) -> None:
+    """Look at where a checkpoint and its refit will go.
+
+    Raises:
+        InputError: one lies within the source, or holds what no run of ours has left.
+    """
+    for place in places:
+        refuse_inside(place, source.folder)
+        check_takes_run(place)
+
+
 @dataclass(frozen=True)
 class Writing:
     """What to write."""
@@ -51,9 +67,7 @@ class Writing:
             if folder.exists():  # killed while it was removed
                 model.drop_refit(self.retained, folder)
             return unfitted, False
-        for place in (target, folder):
-            refuse_inside(place, self.source.folder)
-            check_takes_run(place)
+        check_places(self.source, target, folder)
         conversion = self._plan(model.refit(self.retained, folder), {**details, _REQUEST: request})
         written = _write(conversion, target)
         model.drop_refit(self.retained, folder)

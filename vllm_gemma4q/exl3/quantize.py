@@ -17,6 +17,7 @@ import torch
 from gemma4q_kernels.exl3 import CODEBOOKS, choose_encoder
 
 from vllm_gemma4q.architecture import Role, TextArchitecture, parse_text_architecture, role_of
+from vllm_gemma4q.calibration.identity import check_same_model
 from vllm_gemma4q.checkpoint import Checkpoint
 from vllm_gemma4q.checkpoint.convert import Conversion
 from vllm_gemma4q.checkpoint.steps import MAX_SHARD_BYTES
@@ -26,6 +27,7 @@ from vllm_gemma4q.exl3 import output, storage
 from vllm_gemma4q.exl3.allocation import MAX_BITS, MIN_BITS, allocate, mean_bits
 from vllm_gemma4q.exl3.facts import LM_HEAD
 from vllm_gemma4q.exl3.hessians import Hessians
+from vllm_gemma4q.exl3.memory import check_memory
 from vllm_gemma4q.exl3.report import by_role, with_errors
 from vllm_gemma4q.exl3.steps import Writing, kept, seed_of
 from vllm_gemma4q.linears import Linear, linears_of
@@ -75,7 +77,7 @@ def plan(
 
     Raises:
         InputError: not a Gemma 4, already quantized, tensors are missing or have the wrong shape or dtype; see
-            `Hessians`; nothing on this machine encodes fast enough to wait for.
+            `Hessians` and `check_same_model`; nothing on this machine encodes fast enough to wait for.
     """
     architecture = parse_text_architecture(source.config)
     if "quantization_config" in source.config:
@@ -89,6 +91,8 @@ def plan(
         linears.append(_head(source, architecture))
         bits[LM_HEAD] = options.head_bits
     hessians = None if statistics is None else Hessians(statistics, linears)
+    if hessians is not None:
+        check_same_model(hessians.statistics, source)
     encoder = _encoder(options.device)
     writing = Writing(architecture.root, bits, options.codebook, hessians, encoder, options.device)
     steps = writing.steps(kept(source.tensors.values(), linears), linears)
@@ -111,6 +115,7 @@ def plan(
         settings={"device": options.device, "encoder": encoder},
         reads=() if statistics is None else (statistics,),
         conclude=partial(with_errors, linears, details),
+        check_machine=partial(check_memory, linears, statistics is not None, options.device),
     )
 
 

@@ -18,6 +18,7 @@ import torch
 
 from gguf_mixed.tasks import Executor
 from vllm_gemma4q.architecture import Role, parse_text_architecture, role_of
+from vllm_gemma4q.calibration.identity import check_same_model
 from vllm_gemma4q.calibration.statistics import Statistics, read_statistics
 from vllm_gemma4q.checkpoint import Checkpoint, TensorInfo
 from vllm_gemma4q.checkpoint.convert import Conversion
@@ -92,12 +93,12 @@ def plan(
     """Choose every scale; reads the weights once (per-channel: not at all) and writes nothing.
 
     Args:
-        statistics: file that `gemma4q calibrate` wrote for this model.
+        statistics: file that `gemma4q calibrate` wrote for this model, whose own inputs decide scales.
         progress: called with the number of bytes read.
         workers: read the weights; None: this process does.
 
     Raises:
-        InputError: see `linears_to_quantize`, `input_scales` and `weight_scales`.
+        InputError: see `linears_to_quantize`, `check_same_model`, `input_scales` and `weight_scales`.
     """
     options = options or Options()
     linears = linears_to_quantize(source)
@@ -105,6 +106,7 @@ def plan(
         raise InputError(f"weights {options.granularity}: vLLM takes experts with static inputs per tensor only")
     found = read_statistics(statistics)
     inputs = input_scales(linears, found, options.activations)
+    check_same_model(found, source)
     weights = {}
     if options.granularity is Granularity.TENSOR:
         weights = weight_scales(linears, options.weights, progress, workers)

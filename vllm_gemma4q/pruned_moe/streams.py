@@ -6,9 +6,11 @@ Each layer is loaded once and runs all samples of all variants before the next i
 Activations lie in memory up to a limit, else in a temporary folder. Not resumable: a run is a few forward passes.
 """
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from vllm_gemma4q.calibration.decoder import Decoder
 from vllm_gemma4q.calibration.forward import layout_of
 from vllm_gemma4q.calibration.weights import read_rows
 from vllm_gemma4q.checkpoint import TensorInfo
+from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.pruned_moe.knobs import Options, boosted, transferred
 
 Progress = Callable[[int], object]
@@ -99,6 +102,15 @@ def _with_rows(router: torch.Tensor, kept: Sequence[int], share: float) -> torch
     return rows
 
 
+def _check_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(
+            f"{folder.parent}: activations take {needed:,} bytes, and {free:,} are free: "
+            "fewer --samples, a larger --activations-limit, or another TMPDIR"
+        )
+
+
 class Streams:
     """Activations of all variants, between two layers.
 
@@ -119,6 +131,7 @@ class Streams:
             return
         # Open files without a name: a killed process leaves none behind.
         with temporary_folder() as folder:
+            _check_room(folder, layout.n_bytes * n_variants)
             paths = (folder / f"variant-{number}.bin" for number in range(n_variants))
             self._hidden = [StoredActivations(path, layout, new=True) for path in paths]
 
