@@ -14,6 +14,7 @@
 # mixture  `--enable-expert-parallel` gives each GPU whole experts rather than a part of each.
 # by Ray   where a Ray cluster runs already (`ray start` on each machine), one command on its head does the same:
 #              vllm serve CHECKPOINT --distributed-executor-backend ray --tensor-parallel-size 8 --pipeline-parallel-size 2
+#          `VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY=GEMMA4Q_` before it takes the GEMMA4Q_* variables to its workers.
 #
 # The checkpoint lies under the same path on every machine, or is a copy, and every machine has the same vLLM and
 # vllm-gemma4q. Ports: 29501 of HEAD for the start (`--master-port`), any that NCCL picks for the rest.

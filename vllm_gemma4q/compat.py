@@ -27,6 +27,8 @@ from vllm_gemma4q.module_headers import is_among, relative_name
 OLDEST, NEWEST = (0, 29), (0, 32)
 # Set in the first process; the engine's other processes inherit it, and keep quiet.
 _TOLD = "GEMMA4Q_TOLD_VLLM_VERSION"
+# What the engine puts before the names of a model that drafts for another.
+_DRAFT_MODEL = "draft_model."
 
 logger = logging.getLogger(__name__)
 
@@ -70,15 +72,17 @@ def checkpoint_module(prefix: str, *known: Container[str]) -> str:
     """A linear, or a layer's experts, by the name under which the checkpoint's headers are known.
 
     Args:
-        prefix: the engine's name, fused or not. Routers and what lies outside the language model's layers stay as is.
+        prefix: the engine's name, fused or not, also of a draft model. Routers and what lies outside the language
+            model's layers keep their own.
         known: modules of the checkpoint, quantized or not.
 
     Raises:
         InputError: the checkpoint has no such module.
     """
-    name = relative_name(prefix)
-    if not name.startswith("layers.") or role_of(prefix) is Role.ROUTER:
-        return prefix
+    own = prefix.removeprefix(_DRAFT_MODEL)
+    name = relative_name(own)
+    if not name.startswith("layers.") or role_of(own) is Role.ROUTER:
+        return own
     name = name.replace(".moe.experts", ".experts")
     if not any(is_among(modules, name) for modules in known):
         raise InputError(

@@ -14,6 +14,7 @@ from vllm.model_executor.models import gemma4
 
 from vllm_gemma4q.cpu_expert_parallel import give_places_to_kernels
 from vllm_gemma4q.pruned_moe.model import own_experts_in_each_layer
+from vllm_gemma4q.quark_int8.lm_head import refuse_reload
 
 Weights = Iterable[tuple[str, torch.Tensor]]
 Mender = Callable[[Weights], Iterator[tuple[str, torch.Tensor]]]
@@ -39,5 +40,6 @@ class Gemma4ForCausalLM(gemma4.Gemma4ForCausalLM):
         self._mend = self.quant_config.weight_mender() if isinstance(self.quant_config, MendingConfig) else None
 
     def load_weights(self, weights: Weights) -> set[str]:
+        refuse_reload(self.lm_head)
         loaded: set[str] = super().load_weights(weights if self._mend is None else self._mend(weights))
         return loaded

@@ -5,6 +5,7 @@ import torch
 from gemma4q_kernels import fp8_scaled_mm
 from gemma4q_kernels.fp8_scaled_mm import E4M3, cpu, linear, moe_fp8, quantize_static, reference, scaled_mm
 from gemma4q_kernels.fp8_scaled_mm.quantize import decode
+from gemma4q_kernels.grouped_mm import routing
 from tolerances import FP8_MOE, FP8_SCALED_MM, rms_error
 
 SHAPES = [(1, 63, 176), (5, 1, 7), (63, 65, 352), (17, 130, 704)]
@@ -160,6 +161,43 @@ def test_experts_of_other_ranks_contribute_nothing() -> None:
         halves.append(moe_fp8(hidden, *local, weights, ids, expert_map=ours))
     assert rms_error(sum(halves[1:], halves[0]), whole) <= FP8_MOE[torch.float32]
     assert rms_error(halves[0], whole) > FP8_MOE[torch.float32]
+
+
+@pytest.fixture
+def capturing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(routing, "is_capturing", lambda tensor: True)
+
+
+OF_TWO_RANKS = torch.tensor([2, -1, 0, 3, 1, -1])
+
+
+@pytest.mark.parametrize("expert_map", [None, OF_TWO_RANKS], ids=["alone", "over-ranks"])
+def test_experts_in_a_graph_compute_the_same(expert_map: torch.Tensor | None, request: pytest.FixtureRequest) -> None:
+    tensors, (hidden, weights, ids) = layer(4), routed(9, 4 if expert_map is None else 6, torch.float32)
+    ids[0, 1] = -1
+    expected = moe_fp8(hidden, *tensors, weights, ids, expert_map=expert_map)
+    request.getfixturevalue("capturing")
+    assert rms_error(moe_fp8(hidden, *tensors, weights, ids, expert_map=expert_map), expected) <= FP8_MOE[torch.float32]
+    wrong = moe_fp8(hidden, *tensors, weights * 1.1, ids, expert_map=expert_map)
+    assert rms_error(wrong, expected) > FP8_MOE[torch.float32]
+
+
+def _without_values(expert_map: torch.Tensor | None) -> torch.Tensor:
+    """Experts on torch's meta device, where whatever asks for a value fails."""
+    tensors, batch = ([tensor.to("meta") for tensor in some] for some in (layer(4), routed(9, 4, torch.bfloat16)))
+    hidden, *routing_of = batch
+    return moe_fp8(hidden, *tensors, *routing_of, expert_map=None if expert_map is None else expert_map.to("meta"))
+
+
+@pytest.mark.parametrize("expert_map", [None, OF_TWO_RANKS], ids=["alone", "over-ranks"])
+@pytest.mark.usefixtures("capturing")
+def test_experts_in_a_graph_do_not_wait_for_the_device(expert_map: torch.Tensor | None) -> None:
+    assert _without_values(expert_map).shape == (9, HIDDEN)
+
+
+def test_experts_outside_of_a_graph_ask_for_the_routing() -> None:
+    with pytest.raises(RuntimeError, match="meta"):
+        _without_values(None)
 
 
 def test_experts_that_do_not_fit_are_named() -> None:

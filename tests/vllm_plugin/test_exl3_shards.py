@@ -7,11 +7,12 @@ import torch
 from gemma4q_kernels.exl3 import Exl3Weight, linear
 from gemma4q_kernels.exl3.slicing import cut
 from gemma4q_kernels.exl3_layout import Span
+from gemma4q_kernels.grouped_mm.routing import active_shares, all_shares
 from numerics.exl3_weights import dense, packed
 from tolerances import EXL3_LINEAR, rms_error
 
 from vllm_gemma4q.errors import InputError
-from vllm_gemma4q.exl3.experts import Expert, Experts, active_shares, all_shares
+from vllm_gemma4q.exl3.experts import Expert, Experts
 from vllm_gemma4q.exl3.facts import Packed
 from vllm_gemma4q.exl3.shards import Layout, Part, decode, expert_share, share
 

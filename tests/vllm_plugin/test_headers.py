@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -49,13 +51,55 @@ def test_a_folder(checkpoint: Path, expected: dict[str, list], tmp_path: Path) -
     assert _find(str(checkpoint), tmp_path) == expected
 
 
-def test_the_cache(checkpoint: Path, expected: dict[str, list], tmp_path: Path) -> None:
-    repository = tmp_path / "models--somebody--gemma"
+def _cache(checkpoint: Path, cache: Path, *missing: str) -> Path:
+    """Somebody's Gemma as `huggingface_hub` keeps it, without some files; returns the repository's folder."""
+    repository = cache / "models--somebody--gemma"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(COMMIT)
-    (repository / "snapshots").mkdir()
-    (repository / "snapshots" / COMMIT).symlink_to(checkpoint)
+    shutil.copytree(checkpoint, repository / "snapshots" / COMMIT, ignore=shutil.ignore_patterns(*missing))
+    return repository
+
+
+def test_the_cache(checkpoint: Path, expected: dict[str, list], tmp_path: Path) -> None:
+    _cache(checkpoint, tmp_path)
     assert _find("somebody/gemma", tmp_path) == expected
+
+
+def test_the_cache_without_files_that_no_engine_needs(
+    checkpoint: Path, expected: dict[str, list], tmp_path: Path
+) -> None:
+    """vLLM downloads by patterns; huggingface_hub 2 knows what else the repository has, and calls that incomplete."""
+    tree_cache = pytest.importorskip("huggingface_hub._tree_cache")
+    repository = _cache(checkpoint, tmp_path)
+    files = [*(path.name for path in checkpoint.iterdir()), "README.md"]
+    tree_cache.write_tree_cache(repository, COMMIT, dict.fromkeys(files, tree_cache.TreeCacheEntry(1, "1")))
+    assert _find("somebody/gemma", tmp_path) == expected
+
+
+@pytest.mark.parametrize("missing", ["model-00002-*", "model-00002-* model.safetensors.index.json"])
+def test_a_cache_without_all_weights_is_not_taken(
+    missing: str, checkpoint: Path, hub: str, expected: dict[str, list], tmp_path: Path
+) -> None:
+    """Another process may be downloading them; the hub has all headers."""
+    _cache(checkpoint, tmp_path, *missing.split())
+    assert _find("somebody/gemma", tmp_path, HF_ENDPOINT=hub, HF_HUB_OFFLINE="0") == expected
+
+
+def test_weights_in_object_storage(checkpoint: Path, tmp_path: Path) -> None:
+    """With `--load-format runai_streamer` vLLM fetches all but the weights into a folder, and names that."""
+    folder = tmp_path / "fetched"
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    message = _find(str(folder), tmp_path)
+    assert isinstance(message, str) and message.startswith(f"{folder}: got a configuration without weights")
+    assert "object storage" in message and "VLLM_PLUGINS" in message
+
+
+def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closed = f"http://127.0.0.1:{server.getsockname()[1]}"
+    message = _find("somebody/gemma", tmp_path, HF_ENDPOINT=closed, HF_HUB_OFFLINE="0")
+    assert isinstance(message, str) and "\n" not in message
+    assert message.startswith("somebody/gemma: cannot read the headers of its weights: ")
 
 
 def test_neither_cached_nor_online(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ class QuarkInt8Config(QuantizationConfig):
 
             return int8_linear_method(self, layer) if self.is_int8(prefix) else UnquantizedLinearMethod()
         if isinstance(layer, ParallelLMHead) and lm_head.is_wanted():
-            return lm_head.Int8LMHeadMethod()
+            return lm_head.int8_lm_head_method()
         return None
 
     def get_name(self) -> str:

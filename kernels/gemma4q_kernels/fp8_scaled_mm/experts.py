@@ -4,7 +4,8 @@
 
 q1 and q2 round to E4M3 with one scale each, the same for all experts of a layer, as vLLM's kernels have it. Codes are
 decoded an expert at a time; everything else is float32, and the sum over experts is cast at its end. Any device; on
-GPUs with FP8 instructions an engine's own kernels are far faster.
+GPUs with FP8 instructions an engine's own kernels are far faster. While a CUDA graph is captured, all experts see all
+tokens (`grouped_mm/routing.py`).
 """
 
 import torch
@@ -14,7 +15,7 @@ from gemma4q_kernels.fp8_scaled_mm.problem import check_scale
 from gemma4q_kernels.fp8_scaled_mm.quantize import E4M3, decode, quantize_static
 from gemma4q_kernels.grouped_mm.activation import activate
 from gemma4q_kernels.grouped_mm.cpu import check_batch
-from gemma4q_kernels.grouped_mm.routing import group_by_expert
+from gemma4q_kernels.grouped_mm.routing import shares
 
 
 def moe_fp8(
@@ -53,16 +54,14 @@ def moe_fp8(
     check_scale(w13_input_scale)
     check_scale(w2_input_scale)
     check_batch(hidden, w2_q.shape[1], topk_weights, topk_ids)
-    groups = group_by_expert(topk_weights, topk_ids, w13_q.shape[0], expert_map)
     x = decode(quantize_static(hidden, w13_input_scale))
     out = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
-    for expert, pairs in groups:
-        tokens = groups.tokens[pairs]
-        rows = _product(x[tokens], w13_input_scale, w13_q[expert], w13_scale[expert])
+    for share in shares(topk_weights, topk_ids, len(w13_q), expert_map):
+        expert = share.expert
+        rows = _product(share.of(x), w13_input_scale, w13_q[expert], w13_scale[expert])
         gate, up = rows.chunk(2, dim=1)
         inner = decode(quantize_static(activate(gate, activation) * up, w2_input_scale))
-        down = _product(inner, w2_input_scale, w2_q[expert], w2_scale[expert])
-        out.index_add_(0, tokens, down.mul_(groups.weights[pairs].unsqueeze(1)))
+        share.add(out, _product(inner, w2_input_scale, w2_q[expert], w2_scale[expert]))
     return out.to(hidden.dtype)
 
 

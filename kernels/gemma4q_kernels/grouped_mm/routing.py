@@ -1,9 +1,34 @@
-"""Sort the (token, slot) pairs of a routed batch by local expert."""
+"""What each expert computes of a routed batch: the (token, slot) pairs sorted by local expert, or all tokens.
+
+Which experts have tokens is known on the CPU only after a GPU is done. A CUDA graph cannot wait for that: while one is
+captured, every expert sees every token, most with a weight of zero.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+
+
+class Share(NamedTuple):
+    """What one expert computes: rows of the batch, all where None, and their float32 weights."""
+
+    expert: int
+    rows: torch.Tensor | None
+    weights: torch.Tensor
+
+    def of(self, batch: torch.Tensor) -> torch.Tensor:
+        """Its rows: [T, H] -> [P, H]."""
+        return batch if self.rows is None else batch[self.rows]
+
+    def add(self, out: torch.Tensor, computed: torch.Tensor) -> None:
+        """Add what the expert made of its rows, float32 [P, H], weighted, to the sum, float32 [T, H]."""
+        weighted = computed * self.weights.unsqueeze(1)
+        if self.rows is None:
+            out.add_(weighted)
+        else:
+            out.index_add_(0, self.rows, weighted)
 
 
 @dataclass(frozen=True)
@@ -52,3 +77,36 @@ def group_by_expert(
     tokens = torch.div(order, max(topk_ids.shape[1], 1), rounding_mode="floor")
     weights = topk_weights.reshape(-1)[order].float()
     return Groups(tokens, weights, tuple(experts.tolist()), tuple(counts.tolist()))
+
+
+def is_capturing(x: torch.Tensor) -> bool:
+    """Whether what is done to `x` is captured into a graph of the device, and so must not wait for it."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def shares(
+    topk_weights: torch.Tensor, topk_ids: torch.Tensor, num_experts: int, expert_map: torch.Tensor | None
+) -> Iterator[Share]:
+    """What each expert computes; arguments and errors as `group_by_expert` has them. In a graph ids are not checked."""
+    choose = all_shares if is_capturing(topk_ids) else active_shares
+    return choose(topk_weights, topk_ids, num_experts, expert_map)
+
+
+def active_shares(
+    topk_weights: torch.Tensor, topk_ids: torch.Tensor, num_experts: int, expert_map: torch.Tensor | None
+) -> Iterator[Share]:
+    """Experts that have tokens, each with its own."""
+    groups = group_by_expert(topk_weights, topk_ids, num_experts, expert_map)
+    for expert, pairs in groups:
+        yield Share(expert, groups.tokens[pairs], groups.weights[pairs])
+
+
+def all_shares(
+    topk_weights: torch.Tensor, topk_ids: torch.Tensor, num_experts: int, expert_map: torch.Tensor | None
+) -> Iterator[Share]:
+    """All experts with all tokens, most with a weight of zero: nothing here waits for the device."""
+    ids = topk_ids.long()
+    if expert_map is not None:
+        ids = torch.where(ids >= 0, expert_map.long()[ids.clamp_min(0)], -1)
+    for expert in range(num_experts):
+        yield Share(expert, None, topk_weights.float().masked_fill(ids != expert, 0).sum(dim=1))
