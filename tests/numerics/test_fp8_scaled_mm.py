@@ -195,6 +195,17 @@ def test_experts_in_a_graph_do_not_wait_for_the_device(expert_map: torch.Tensor 
     assert _without_values(expert_map).shape == (9, HIDDEN)
 
 
+def test_what_overflows_of_tokens_that_chose_another_is_not_added() -> None:
+    """In a graph every expert computes every token: in float16 that may overflow where it was never meant to be."""
+    ids, weights = torch.tensor([[0], [1]]), torch.ones(2, 1)
+    out = torch.zeros(2, 3)
+    for share in routing.all_shares(weights, ids, 2, None):
+        computed = torch.full((2, 3), torch.inf)
+        computed[share.expert] = 2.0
+        share.add(out, computed)
+    assert torch.equal(out, torch.full((2, 3), 2.0))
+
+
 def test_experts_outside_of_a_graph_ask_for_the_routing() -> None:
     with pytest.raises(RuntimeError, match="meta"):
         _without_values(None)

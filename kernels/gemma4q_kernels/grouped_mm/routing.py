@@ -25,8 +25,8 @@ class Share(NamedTuple):
     def add(self, out: torch.Tensor, computed: torch.Tensor) -> None:
         """Add what the expert made of its rows, float32 [P, H], weighted, to the sum, float32 [T, H]."""
         weighted = computed * self.weights.unsqueeze(1)
-        if self.rows is None:
-            out.add_(weighted)
+        if self.rows is None:  # of tokens that did not choose it, whatever overflowed is not added
+            out.add_(weighted.masked_fill_(self.weights.unsqueeze(1) == 0, 0))
         else:
             out.index_add_(0, self.rows, weighted)
 
