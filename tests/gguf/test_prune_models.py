@@ -108,8 +108,10 @@ def test_llama_quantize_takes_the_sliced_imatrix(llama_quantize, sliced, tmp_pat
     reversed_experts = read_imatrix(data).slice_experts(
         lambda name: range(KEPT)[::-1] if "_exps" in name else None, KEPT
     )
-    write_imatrix(reversed_experts, tmp_path / "reversed.gguf")
-    command[command.index(data)] = tmp_path / "reversed.gguf"
+    exchanged = tmp_path / "exchanged.gguf"
+    write_imatrix(reversed_experts, exchanged)
+    ok("plan", model, "--recipe", recipe, "-o", table, "--imatrix", exchanged)  # a table is its imatrix's alone
+    command[command.index(data)] = exchanged
     ok(*command, "llama-quantize", *tool, "--overwrite")
     assert contents(tmp_path / "q.gguf") != written
 
