@@ -86,7 +86,9 @@ class OnRay:
         alone_since: float | None = None
         try:
             while True:
-                for place, task in itertools.islice(coming, self._slots(needed) * _WAITING_PER_SLOT - len(running)):
+                # More may be running than there are slots now: machines leave.
+                free = max(0, self._slots(needed) * _WAITING_PER_SLOT - len(running))
+                for place, task in itertools.islice(coming, free):
                     running[remote.remote(function, task, place, counter)] = place, task
                 if not running:
                     return

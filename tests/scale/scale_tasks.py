@@ -11,7 +11,7 @@ from gguf_mixed.errors import InputError
 from vllm_gemma4q.checkpoint.convert import Conversion
 from vllm_gemma4q.checkpoint.steps import Computed, OutputTensor, Step
 
-PAUSE = 2  # seconds
+PAUSE = 3  # seconds
 
 
 class Stubborn(Exception):
