@@ -161,6 +161,13 @@ def write_base(
         return _check_written(partial, Base(base_path, context, vocabulary, chunks), text, lines)
 
 
+def check_vocabulary(reference: Path, expected: int, model: Path) -> None:
+    """Raises InputError: a model's vocabulary is of another size than the reference's."""
+    found = vocabulary_of(model)
+    if found != expected:
+        raise InputError(f"{reference.name}: vocabulary of {expected}, {model.name} has {found}")
+
+
 def divergence(
     tool: Path,
     model: Path,
@@ -181,9 +188,7 @@ def divergence(
             llama-perplexity fails, or a figure is missing or not finite.
     """
     base = read_base(base_path)
-    vocabulary = vocabulary_of(model)
-    if vocabulary != base.vocabulary:
-        raise InputError(f"{base_path.name}: vocabulary of {base.vocabulary}, {model.name} has {vocabulary}")
+    check_vocabulary(base_path, base.vocabulary, model)
     if base.positions < LEAST_POSITIONS:
         raise InputError(f"{base_path.name}: {base.positions} positions, at least {LEAST_POSITIONS} are needed")
     command = [str(tool), "-m", str(model), "--kl-divergence", "--kl-divergence-base", str(base_path)]

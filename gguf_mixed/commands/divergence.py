@@ -16,10 +16,9 @@ from tqdm import tqdm
 from gguf_mixed.base_file import Comparison, ensure_base
 from gguf_mixed.commands import comparison_options as options
 from gguf_mixed.commands.output import AsJson
-from gguf_mixed.errors import InputError
 from gguf_mixed.identity import model_sha256
 from gguf_mixed.llama_cpp import find_tool
-from gguf_mixed.perplexity import Base, Divergence, divergence, vocabulary_of
+from gguf_mixed.perplexity import Base, Divergence, check_vocabulary, divergence, vocabulary_of
 from gguf_mixed.tensors import Inventory, read_inventory
 
 
@@ -36,7 +35,9 @@ def command(
 ) -> None:
     """Measure how far quantized models are from the one they were made of, with the real llama-perplexity."""
     inventories = [read_inventory(model) for model in models]
-    _check_vocabularies(reference, models)
+    vocabulary = vocabulary_of(reference)
+    for model in models:  # all of them before the first, which may take hours
+        check_vocabulary(reference, vocabulary, model)
     tool = find_tool("llama-perplexity", llama_cpp)
     comparison = Comparison(tool, reference, text, chunks, context, threads)
     with options.base_path(base) as path:
@@ -61,14 +62,6 @@ def command(
         size, bpw = decimal(inventory.file_bytes), f"{_bpw(inventory):.3f}"
         table.add_row(inventory.path.name, size, bpw, *options.cells(each))
     Console().print(table)
-
-
-def _check_vocabularies(reference: Path, models: list[Path]) -> None:
-    expected = vocabulary_of(reference)
-    for model in models:
-        found = vocabulary_of(model)
-        if found != expected:
-            raise InputError(f"{reference.name}: vocabulary of {expected}, {model.name} has {found}")
 
 
 def _line(model: Path, found: Divergence) -> str:
