@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vllm_gemma4q.architecture import layer_of
 from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.vram.engines import GIB, KvDtype, Request, default_engines
-from vllm_gemma4q.vram.source import Source, open_source
+from vllm_gemma4q.vram.source import open_source
 from vllm_gemma4q.vram.table import Row, contexts_of, rows_of
 
 CARDS = (16, 24, 48, 80)
@@ -42,7 +41,6 @@ def memory_of(path: Path) -> Memory:
     """The engines that load the format. A checkpoint that cannot be computed says why."""
     try:
         source = open_source(path)
-        _check_layers(source)
         engines = default_engines(source, KvDtype.AUTO)
         contexts = [tokens for tokens in _SHOWN if tokens <= source.longest] or contexts_of(None, source.longest)
         rows = rows_of([source], engines, Request(), contexts)
@@ -53,13 +51,3 @@ def memory_of(path: Path) -> Memory:
     except InputError as error:
         return Memory(refusal=str(error))
     return Memory(rows, longest)
-
-
-def _check_layers(source: Source) -> None:
-    """Raises InputError: a tensor of a layer whose sizes the configuration does not tell."""
-    if source.architecture is None:
-        return
-    layers = len(source.architecture.layers)
-    for tensor in source.tensors:
-        if (index := layer_of(tensor.name)) is not None and index >= layers:
-            raise InputError(f"tensor {tensor.name}: got layer {index}, expected 0..{layers - 1}, as config.json says")

@@ -104,9 +104,9 @@ def _rank_bytes(architecture: TextArchitecture, tensor: StoredTensor, ranks: int
     if role not in (Role.ATTENTION, Role.MLP, Role.EXPERTS) or match is None:
         return tensor.n_bytes
     linear, parameter = match["linear"], match["parameter"] or "weight"
-    index = layer_index(tensor.name)
-    if index >= len(architecture.layers):
-        raise InputError(f"tensor {tensor.name}: got layer {index}, expected one of {len(architecture.layers)}")
+    index, layers = layer_index(tensor.name), len(architecture.layers)
+    if index >= layers:
+        raise InputError(f"tensor {tensor.name}: got layer {index}, expected 0..{layers - 1}, as config.json says")
     layer = architecture.layers[index]
     if role is Role.MLP:
         return _share(tensor, linear, parameter, layer.intermediate_size, ranks)
