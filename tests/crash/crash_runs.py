@@ -101,7 +101,9 @@ class Server:
     def _left(self, folder: Path) -> list[str]:
         """Names of temporary files, and command lines of programs that have the runs' environment."""
         setting = f"TMPDIR={self.temporary}".encode()
-        within = [*folder.glob(f"{TEMPORARY}*"), *folder.glob(f"*/{TEMPORARY}*/")]
+        within = [path for path in _entries(folder) if path.name.startswith(TEMPORARY)]
+        for place in _entries(folder):
+            within += [path for path in _entries(place) if path.name.startswith(TEMPORARY) and path.is_dir()]
         found = [path.name for path in [*self.temporary.iterdir(), *within] if not _is_trial(path)]
         for process in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
@@ -136,6 +138,13 @@ class Server:
         assert self._process.stdin is not None and self._process.stdout is not None
         print(json.dumps({"do": what, **request}), file=self._process.stdin, flush=True)
         return dict(json.loads(self._process.stdout.readline()))
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What is in a folder; nothing in a file, or where a killed run's watcher removes the folder meanwhile."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return list(folder.iterdir())
+    return []
 
 
 def _is_trial(path: Path) -> bool:

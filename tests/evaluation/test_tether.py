@@ -124,8 +124,8 @@ def test_the_program_holds_what_this_process_locks(tmp_path):
 def holding(file: Path) -> set[int]:
     """Processes that have a file open; some may be gone while this looks."""
     found = set()
-    for path in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):
-            if str(path.readlink()) == str(file):
-                found.add(int(path.parts[2]))
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if any(opened.path == str(file) for opened in process.open_files()):
+                found.add(process.pid)
     return found
