@@ -155,10 +155,7 @@ def test_memory_is_looked_for_before_anything_is_written(made, tmp_path, monkeyp
     assert gemma4q(*command, "--dry-run")[0] == 0
 
 
-def test_memory_that_a_linear_takes():
-    """A layer of the 31B is far from its head."""
-    head, down = memory.bytes_of((262144, 5376), True), memory.bytes_of((5376, 21504), True)
-    assert 30e9 < head < 36e9 and 8e9 < down < 11e9
+def test_memory_that_is_free():
     assert memory.free_bytes("cpu") is None or 1e8 < memory.free_bytes("cpu") < 1e13
 
 

@@ -1,9 +1,13 @@
 """One linear to EXL3: what is reported is what decodes, feedback pays, padding, extremes, refusals."""
 
+import importlib
+import subprocess
+import sys
+
 import pytest
 import torch
 from exl3_weights import dense
-from gemma4q_kernels.exl3 import Quantized, linear, quantize_linear
+from gemma4q_kernels.exl3 import Quantized, linear, peak_bytes, quantize_linear
 from gemma4q_kernels.exl3.ldlq import encode_with_feedback, feedback_factor
 from gemma4q_kernels.exl3.regularize import regularize
 from tolerances import (
@@ -75,7 +79,7 @@ def test_feedback_pays_where_inputs_are_correlated() -> None:
 def test_feedback_is_what_its_definition_says() -> None:
     """M = L D L^T, and blocks of inputs from the last to the first, each behind the errors of all later ones."""
     moments, weight = correlated(600, 256), uneven(64, 256).t()
-    factor = feedback_factor(moments.clone())
+    factor = feedback_factor(moments.clone)
     exact = moments.double() + 0.025 * moments.double().diagonal().mean() * torch.eye(256)
     diagonal = torch.zeros(256, 256, dtype=torch.float64)
     expected = torch.zeros(256, 64, dtype=torch.float64)
@@ -107,7 +111,7 @@ def test_every_block_has_the_same_deviation() -> None:
     """A block of which half is padding as well: the scale that is searched for is one for all."""
     weight = uneven(200, 320)
     regular = regularize(weight.t(), 0)
-    rotated = regular.rotated(regular.input_scales, slice(None))
+    rotated = regular.rotated(regular.input_scales, *(slice(0, size) for size in regular.shape))
     deviations = rotated.view(3, 128, 2, 128).square().mean(dim=(1, 3)).sqrt()
     assert deviations.shape == (3, 2) and float((deviations - 1).abs().max()) <= EXL3_BLOCK_DEVIATION
     assert float((deviations * 1.1 - 1).abs().max()) > EXL3_BLOCK_DEVIATION
@@ -167,6 +171,55 @@ def test_weights_of_two_bytes_and_views() -> None:
     weight = uneven(128, 256).bfloat16()
     got = quantize_linear(weight.t().contiguous().t(), None, 2)
     assert torch.equal(got.weight.trellis, quantize_linear(weight.float(), None, 2).weight.trellis)
+
+
+def test_outputs_in_parts_are_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an output layer there are eight of them; the last is smaller, and ends within a block."""
+    weight, hessian = uneven(600, 150), correlated(400, 150)
+    whole = quantize_linear(weight, hessian, 2)
+    monkeypatch.setattr(importlib.import_module("gemma4q_kernels.exl3.quantize"), "_ENCODED", 256)
+    done: list[int] = []
+    parts = quantize_linear(weight, hessian, 2, progress=done.append)
+    for name in ("trellis", "suh", "svh"):
+        assert torch.equal(getattr(parts.weight, name), getattr(whole.weight, name))
+    assert (parts.nmse, parts.proxy) == (whole.nmse, whole.proxy)
+    assert sum(done) == weight.numel() and len(done) == 3 * 256 // 16
+
+
+# What a process has after a first, small linear, and its most while it does one of a given shape: both with the
+# weight and the Hessian.
+PEAK = """
+import sys, threading, time
+import psutil, torch
+from gemma4q_kernels.exl3 import quantize_linear
+outputs, inputs = map(int, sys.argv[1:])
+quantize_linear(torch.randn(128, 128).bfloat16(), torch.eye(128), 1)
+process, peak = psutil.Process(), 0
+before = process.memory_info().rss
+def watch():
+    global peak
+    while True:
+        peak = max(peak, process.memory_info().rss)
+        time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
+weight = torch.empty((outputs, inputs), dtype=torch.bfloat16).normal_()
+quantize_linear(weight, torch.eye(inputs), 1)
+print(peak - before)
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_what_is_said() -> None:
+    """Where Hessians weigh most, as in down_proj."""
+    command = [sys.executable, "-c", PEAK, "256", "6144"]
+    peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert 0.6 * peak_bytes((256, 6144), 1, True) < peak < peak_bytes((256, 6144), 1, True)
+
+
+def test_memory_of_the_largest_linears() -> None:
+    """Of the 31B: 5 GB each, as measured; the output layer in float32 alone would be 5.6."""
+    head, down = peak_bytes((262144, 5376), 6, True), peak_bytes((5376, 21504), 4, True)
+    assert 4.5e9 < head < 5.5e9 and 4.5e9 < down < 5.5e9 < peak_bytes((5376, 21504), 4, True, "cuda")
 
 
 WEIGHT, MOMENTS = torch.ones(128, 64), torch.eye(64)

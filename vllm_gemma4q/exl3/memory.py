@@ -1,30 +1,23 @@
 """What quantizing a linear to EXL3 takes of a device's memory, and whether it is there: looked at before the first one,
 since the output layer, the largest, comes last."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from gemma4q_kernels.exl3 import peak_bytes
 
 from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.exl3.facts import LM_HEAD
 from vllm_gemma4q.linears import Linear
 
-# Peaks on a CPU, in float32 copies of the weight and of its Hessian, from six shapes of 24 to 144 MB: the rotation of
-# the weight comes first, the factor of its Hessian later.
-_ROTATION, _FEEDBACK = 5.8, (2.7, 4.3)
 _MEMINFO = Path("/proc/meminfo")
 
 
-def bytes_of(shape: tuple[int, int], has_hessian: bool) -> int:
-    """At the peak, for a linear of [out, in]."""
-    weight, hessian = 4 * shape[0] * shape[1], 4 * shape[1] ** 2 * has_hessian
-    return int(max(_ROTATION * weight + hessian, _FEEDBACK[0] * weight + _FEEDBACK[1] * hessian))
-
-
-def check_memory(linears: Iterable[Linear], has_hessian: bool, device: str) -> None:
+def check_memory(linears: Iterable[Linear], bits: Mapping[str, int], has_hessian: bool, device: str) -> None:
     """Raises InputError: the linear that takes most does not fit in what is free, as far as the system says that."""
-    needed, largest = max((bytes_of(linear.shape, has_hessian), linear.module) for linear in linears)
+    peaks = ((peak_bytes(each.shape, bits[each.module], has_hessian, device), each.module) for each in linears)
+    needed, largest = max(peaks)
     free = free_bytes(device)
     if free is None or needed <= free:
         return

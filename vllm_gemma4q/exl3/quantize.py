@@ -115,7 +115,7 @@ def plan(
         settings={"device": options.device, "encoder": encoder},
         reads=() if statistics is None else (statistics,),
         conclude=partial(with_errors, linears, details),
-        check_machine=partial(check_memory, linears, statistics is not None, options.device),
+        check_machine=partial(check_memory, linears, bits, statistics is not None, options.device),
     )
 
 

@@ -35,7 +35,7 @@ from gemma4q_kernels.exl3.dispatch import BACKENDS, Choice, backend_module, choo
 from gemma4q_kernels.exl3.encode import ENCODERS, Encoded, choose_encoder, encode
 from gemma4q_kernels.exl3.format import Exl3Weight, check_linear, unpack_signs
 from gemma4q_kernels.exl3.packing import pack
-from gemma4q_kernels.exl3.quantize import Quantized, quantize_linear
+from gemma4q_kernels.exl3.quantize import Quantized, peak_bytes, quantize_linear
 from gemma4q_kernels.exl3_layout import CODEBOOKS, codebook_of
 
 __all__ = [
@@ -52,6 +52,7 @@ __all__ = [
     "encode",
     "linear",
     "pack",
+    "peak_bytes",
     "quantize_linear",
     "reconstruct",
     "unpack_signs",

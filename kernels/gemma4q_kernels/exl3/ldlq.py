@@ -19,11 +19,12 @@ from gemma4q_kernels.exl3_layout import BLOCK, TILE
 DAMPING = (0.025, 0.1, 0.4)
 
 
-def feedback_factor(moments: torch.Tensor) -> torch.Tensor:
+def feedback_factor(moments: Callable[[], torch.Tensor]) -> torch.Tensor:
     """L of M = L D L^T: how errors of later inputs move earlier ones.
 
     Args:
-        moments: float32 [in, in], symmetric, positive semidefinite; overwritten.
+        moments: makes M, float32 [in, in], symmetric, positive semidefinite. It is called again where a factor has to
+            be looked for with more damping: the first one was looked for in M's place.
 
     Returns:
         float32 [in, in], lower triangular, of which blocks of 16 on the diagonal are 1.
@@ -31,13 +32,11 @@ def feedback_factor(moments: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: moments that are not positive semidefinite, and not close to it.
     """
-    diagonal = moments.diagonal()
-    mean = float(diagonal.mean()) or 1.0
-    added = 0.0
     for damping in DAMPING:
-        diagonal.add_((damping - added) * mean)
-        added = damping
-        root = cholesky(moments)
+        matrix = moments()
+        diagonal = matrix.diagonal()
+        diagonal.add_(damping * (float(diagonal.mean()) or 1.0))
+        root = cholesky(matrix)
         if root is not None:
             return _with_unit_blocks(root)
     raise ValueError(
@@ -46,12 +45,12 @@ def feedback_factor(moments: torch.Tensor) -> torch.Tensor:
 
 
 def _with_unit_blocks(root: torch.Tensor) -> torch.Tensor:
-    """Columns of blocks times the inverse of the block on the diagonal."""
-    blocks = len(root) // TILE
-    by_column = root.view(-1, blocks, TILE).transpose(0, 1)
-    on_diagonal = root.view(blocks, TILE, blocks, TILE).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    factor: torch.Tensor = torch.linalg.solve_triangular(on_diagonal, by_column, upper=False, left=False)
-    return factor.transpose(0, 1).reshape_as(root)
+    """Columns of blocks times the inverse of the block on the diagonal, in their place."""
+    for start in range(0, len(root), BLOCK):
+        blocks = root[start:, start : start + BLOCK].unflatten(1, (-1, TILE)).transpose(0, 1)
+        on_diagonal = torch.stack([each[TILE * i :][:TILE] for i, each in enumerate(blocks)])
+        blocks.copy_(torch.linalg.solve_triangular(on_diagonal, blocks, upper=False, left=False))
+    return root
 
 
 def encode_with_feedback(

@@ -34,18 +34,17 @@ def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def cholesky(matrix: torch.Tensor) -> torch.Tensor | None:
-    """The lower factor of a symmetric float32 [n, n]; None where there is none. The matrix is kept."""
+    """The lower factor of a symmetric float32 [n, n], in its place where that can be; None where there is none."""
     if matrix.device.type != "cpu":
         root, failed = torch.linalg.cholesky_ex(matrix)
         return None if int(failed) else root
-    root = matrix.clone()
-    size = len(root)
+    size = len(matrix)
     for start in range(0, size, _BLOCK):
         stop = min(start + _BLOCK, size)
-        if not _factor(root[start:stop, start:stop]):
+        if not _factor(matrix[start:stop, start:stop]):
             return None
-        _eliminate(root, start, stop)
-    return root.tril_()
+        _eliminate(matrix, start, stop)
+    return matrix.tril_()
 
 
 def _factor(block: torch.Tensor) -> bool:

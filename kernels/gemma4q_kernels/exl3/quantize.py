@@ -3,8 +3,8 @@
 regularize -> the best scale, on a sample of tiles -> rotate the Hessian and factor it -> encode 16 inputs at a time,
 with feedback -> decode it all once, for the error that is reported.
 
-Deterministic on one machine, on CPUs however many threads there are. Memory beside the weight: about 5 copies in
-float32, and with a Hessian 4 of that.
+Outputs have nothing to do with each other behind the first two steps: an output layer is encoded in parts, and takes
+little memory beside its weight (`peak_bytes`). Deterministic on one machine, on CPUs however many threads there are.
 Not done: a choice of bits, or a second try with other signs.
 """
 
@@ -27,6 +27,9 @@ from gemma4q_kernels.exl3_layout import BLOCK, TILE
 _SCALE_RANGE = 0.15  # around what is best for a normal distribution
 _SCALE_TRIALS = 5
 _SAMPLED_TILES = 32
+# Outputs at a time. More to encode than a layer of Gemma 4 has, for a GPU's sake: an eighth of its vocabulary.
+_ENCODED, _DECODED = 1 << 15, 1 << 9
+_BESIDES = 200_000_000  # bytes: of parts, of a search's states
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -77,31 +80,54 @@ def quantize_linear(
     width = width_of(bits, codebook)
     _check(weight, hessian)
     backend = choose_encoder(weight.device, backend).name
-    dense = weight.detach().float().t()
+    dense = weight.detach().t()
     regular = regularize(dense, seed)
     if not bool(regular.svh.isfinite().all() and regular.input_scales.half().isfinite().all()):
         raise ValueError(f"weight: got magnitudes up to {float(dense.abs().max()):g}, expected scales within float16")
     suh = regular.suh(_best_deviation(regular, bits, codebook, backend))
-    factor = None if hessian is None else feedback_factor(rotate_hessian(hessian.float(), suh))
-    inputs, outputs = regular.half_rotated.shape
+    factor = None if hessian is None else feedback_factor(lambda: rotate_hessian(hessian, suh))
+    inputs, outputs = regular.shape
     trellis = torch.empty((inputs // TILE, outputs // TILE, width), dtype=torch.int16, device=weight.device)
 
-    def encode_rows(rows: slice, aim: torch.Tensor) -> torch.Tensor:
-        encoded = encode(aim.view(TILE, -1, TILE).transpose(0, 1), bits, codebook, backend=backend)
-        trellis[rows.start // TILE] = encoded.trellis
-        if progress is not None:
-            progress(len(dense[rows]) * dense.shape[1])
-        return encoded.values.transpose(0, 1).flatten(1)
+    def encode_part(columns: slice) -> None:
+        def encode_rows(rows: slice, aim: torch.Tensor) -> torch.Tensor:
+            encoded = encode(aim.view(TILE, -1, TILE).transpose(0, 1), bits, codebook, backend=backend)
+            trellis[rows.start // TILE, columns.start // TILE : columns.stop // TILE] = encoded.trellis
+            if progress is not None:
+                progress(dense[rows, columns].numel())
+            return encoded.values.transpose(0, 1).flatten(1)
 
-    encode_with_feedback(lambda rows: regular.rotated(suh, rows), (inputs, outputs), factor, encode_rows)
+        shape = (inputs, columns.stop - columns.start)
+        encode_with_feedback(lambda rows: regular.rotated(suh, rows, columns), shape, factor, encode_rows)
+
+    for columns in _parts(outputs, _ENCODED):
+        encode_part(columns)
     packed = Exl3Weight(trellis, suh, regular.svh, codebook)
     return Quantized(packed, *_errors(packed, dense, hessian))
+
+
+def peak_bytes(shape: tuple[int, int], bits: float, has_hessian: bool, device: torch.device | str = "cpu") -> int:
+    """Memory that quantizing a linear takes at its peak, about, with its weight and its Hessian.
+
+    Args:
+        shape: of a weight in 2 bytes, [out, in].
+    """
+    outputs, inputs = shape
+    weights = outputs * inputs * (2 + bits / 8)  # and the trellis
+    errors = 4 * inputs * min(outputs, _ENCODED)
+    # The Hessian, and its factor in the place of its rotation; a GPU's has a place of its own.
+    matrices = has_hessian * (2.2 if torch.device(device).type == "cpu" else 3.2)
+    return int(weights + 1.1 * errors + 4 * matrices * inputs**2) + _BESIDES
+
+
+def _parts(outputs: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, outputs)) for start in range(0, outputs, size)]
 
 
 def _check(weight: torch.Tensor, hessian: torch.Tensor | None) -> None:
     if not weight.is_floating_point() or weight.dim() != 2 or not weight.numel():
         raise ValueError(f"weight: got {weight.dtype} {tuple(weight.shape)}, expected float [out, in]")
-    if not bool(weight.isfinite().all()):
+    if not _is_finite(weight):
         raise ValueError("weight: got NaN or infinity, expected finite numbers")
     if hessian is None:
         return
@@ -112,8 +138,12 @@ def _check(weight: torch.Tensor, hessian: torch.Tensor | None) -> None:
             f"hessian: got {hessian.dtype} {tuple(hessian.shape)} on {hessian.device}, "
             f"expected torch.float32 [{size}, {size}] on {weight.device}"
         )
-    if not bool(hessian.isfinite().all()):
+    if not _is_finite(hessian):
         raise ValueError("hessian: got NaN or infinity, expected finite numbers")
+
+
+def _is_finite(matrix: torch.Tensor) -> bool:
+    return all(bool(matrix[part].isfinite().all()) for part in _parts(len(matrix), _DECODED))
 
 
 def _best_deviation(regular: Regularized, bits: float, codebook: str, backend: str) -> float:
@@ -152,26 +182,30 @@ def _gaussian_scale(bits: float) -> float:
 
 def _sample(regular: Regularized) -> torch.Tensor:
     """Tiles of standard deviation 1 along a diagonal that is wrapped around: float32 [T, 16, 16]."""
-    rows, columns = (size // TILE for size in regular.half_rotated.shape)
+    rows, columns = (size // TILE for size in regular.shape)
     count = min(_SAMPLED_TILES, rows * columns)
     tiles = []
     for index in range(count):
         row, column = TILE * (index * rows // count), TILE * ((index * columns // count + index) % columns)
-        start = row // BLOCK * BLOCK
-        tall = regular.rotated(regular.input_scales, slice(start, start + BLOCK), slice(column, column + TILE))
-        tiles.append(tall[row - start :][:TILE])
+        top, left = row // BLOCK * BLOCK, column // BLOCK * BLOCK
+        block = regular.rotated(regular.input_scales, slice(top, top + BLOCK), slice(left, left + BLOCK))
+        tiles.append(block[row - top :, column - left :][:TILE, :TILE])
     return torch.stack(tiles)
 
 
 def _errors(packed: Exl3Weight, dense: torch.Tensor, hessian: torch.Tensor | None) -> tuple[float, float]:
     """`nmse` and `proxy` of `Quantized`; `dense` is [in, out]."""
-    decoded = cpu.reconstruct(packed, torch.float32)[: dense.shape[0], : dense.shape[1]]
-    error = decoded.sub_(dense)
-    nmse = _ratio(_total(error.square()), _total(dense.square()), 0.0)
-    if hessian is None:
-        return nmse, nmse
-    of_outputs = [_total(product(hessian, each) * each) for each in (error, dense)]
-    return nmse, _ratio(of_outputs[0], of_outputs[1], nmse)
+    sums = torch.zeros(4, dtype=torch.float64)
+    for columns in _parts(packed.out_features, _DECODED):
+        part = dense[:, columns].float()
+        tiles = slice(columns.start // TILE, columns.stop // TILE)
+        weight = Exl3Weight(packed.trellis[:, tiles].contiguous(), packed.suh, packed.svh[columns], packed.codebook)
+        error = cpu.reconstruct(weight, torch.float32)[: part.shape[0], : part.shape[1]].sub_(part)
+        sums[:2] += torch.stack([_total(each.square()) for each in (error, part)]).cpu()
+        if hessian is not None:
+            sums[2:] += torch.stack([_total(product(hessian, each) * each) for each in (error, part)]).cpu()
+    nmse = _ratio(sums[0], sums[1], 0.0)
+    return nmse, nmse if hessian is None else _ratio(sums[2], sums[3], nmse)
 
 
 def _total(values: torch.Tensor) -> torch.Tensor:

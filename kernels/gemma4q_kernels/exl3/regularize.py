@@ -24,45 +24,49 @@ _OVERALL = (2.0**-8, 2.0**8)
 
 @dataclass(frozen=True, eq=False)
 class Regularized:
-    """A weight between its two rotations.
+    """A weight, and what makes any part of it ready.
 
     Attributes:
-        half_rotated: float32 [in, out], padded: W diag(1 / svh) H.
-        input_scales: float32 [in]: signs and scales of the rows of `half_rotated`, whose rotation by them has a
-            standard deviation of 1.
-        svh: float16 [out].
+        weight: float [in, out], as it was given.
+        input_scales: float32 [in], padded: signs and scales of rows behind the first rotation; with them, the second
+            one's result has a standard deviation of 1.
+        svh: float16 [out], padded.
     """
 
-    half_rotated: torch.Tensor
+    weight: torch.Tensor
     input_scales: torch.Tensor
     svh: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Padded."""
+        return len(self.input_scales), len(self.svh)
 
     def suh(self, deviation: float) -> torch.Tensor:
         """float16 [in], for tiles of a standard deviation."""
         return (self.input_scales / deviation).half()
 
-    def rotated(self, suh: torch.Tensor, rows: slice, columns: slice = slice(None)) -> torch.Tensor:
-        """What the trellis should decode to: float32 [rows, columns], whole blocks of rows."""
-        part = self.half_rotated[rows, columns] * _inverse(suh[rows]).unsqueeze(1)
+    def rotated(self, suh: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
+        """What the trellis should decode to: float32 [rows, columns], whole blocks of both."""
+        part = _half_rotated(self.weight, self.svh, rows, columns) * _inverse(suh[rows]).unsqueeze(1)
         return transform(part, dim=0) / math.sqrt(BLOCK)
 
 
 def regularize(weight: torch.Tensor, seed: int) -> Regularized:
-    """Scale and rotate outputs, and measure inputs; signs are drawn from `seed`, the same ones on every device.
+    """Measure outputs, and inputs behind the first rotation; signs are drawn from `seed`, the same on every device.
 
     Args:
-        weight: float32 [in, out], finite, not padded.
+        weight: float [in, out], finite, not padded.
     """
     rows, columns = (-(-size // BLOCK) * BLOCK for size in weight.shape)
-    padded = weight.new_zeros((rows, columns))
-    padded[: weight.shape[0], : weight.shape[1]] = weight
     generator = torch.Generator().manual_seed(seed)
-    signs = [(1.0 - 2 * torch.randint(2, (size,), generator=generator)).to(weight.device) for size in padded.shape]
-    scales = _block_scales(padded, dim=0)
+    signs = [(1.0 - 2 * torch.randint(2, (size,), generator=generator)).to(weight.device) for size in (rows, columns)]
+    every_row, every_column = slice(0, rows), slice(0, columns)
+    scales = torch.cat([_block_scales(_padded(weight, every_row, block), dim=0) for block in _blocks(columns)])
     typical = _mean_of_some(scales)
     svh = (signs[1] * scales * (_rest(typical) / typical)).half()
-    half_rotated = transform(padded.mul_(_inverse(svh))) / math.sqrt(BLOCK)
-    return Regularized(half_rotated, signs[0] * _block_scales(half_rotated, dim=1), svh)
+    of_inputs = [_block_scales(_half_rotated(weight, svh, block, every_column), dim=1) for block in _blocks(rows)]
+    return Regularized(weight, signs[0] * torch.cat(of_inputs), svh)
 
 
 def rotate_hessian(hessian: torch.Tensor, suh: torch.Tensor) -> torch.Tensor:
@@ -79,7 +83,28 @@ def rotate_hessian(hessian: torch.Tensor, suh: torch.Tensor) -> torch.Tensor:
     rotated[: len(hessian), : len(hessian)] = hessian
     scales = suh.float() / math.sqrt(BLOCK)
     rotated.mul_(scales).mul_(scales.unsqueeze(1))
-    return transform(transform(rotated), dim=0)
+    for block in _blocks(len(rotated)):
+        rotated[block] = transform(rotated[block])
+    for block in _blocks(len(rotated)):
+        rotated[:, block] = transform(rotated[:, block], dim=0)
+    return rotated
+
+
+def _blocks(size: int) -> list[slice]:
+    return [slice(start, start + BLOCK) for start in range(0, size, BLOCK)]
+
+
+def _padded(weight: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
+    """A part in float32, with zeros where it goes beyond the weight."""
+    padded = torch.zeros((rows.stop - rows.start, columns.stop - columns.start), device=weight.device)
+    part = weight[rows, columns]
+    padded[: part.shape[0], : part.shape[1]] = part
+    return padded
+
+
+def _half_rotated(weight: torch.Tensor, svh: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
+    """W diag(1 / svh) H, of any rows and whole blocks of columns: float32 [rows, columns]."""
+    return transform(_padded(weight, rows, columns).mul_(_inverse(svh[columns]))) / math.sqrt(BLOCK)
 
 
 def _block_scales(weight: torch.Tensor, dim: int) -> torch.Tensor:
