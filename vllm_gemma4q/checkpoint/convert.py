@@ -13,11 +13,11 @@ from typing import Any
 from gguf_mixed.tasks import Executor
 from vllm_gemma4q.checkpoint.reader import CONFIG, INDEX, Checkpoint
 from vllm_gemma4q.checkpoint.rewrite import Progress, rewrite
-from vllm_gemma4q.checkpoint.run import MANIFEST, Run
+from vllm_gemma4q.checkpoint.run import MANIFEST, FinishedFile, Run
 from vllm_gemma4q.checkpoint.scale import rewrite_by_tasks
 from vllm_gemma4q.checkpoint.sidecars import sidecars, to_json
 from vllm_gemma4q.checkpoint.steps import MAX_SHARD_BYTES, Shard, Step, pack
-from vllm_gemma4q.errors import InputError
+from vllm_gemma4q.errors import InputError, reading
 
 VERSION = metadata.version("vllm-gemma4q")
 _DEPENDENCIES = ("torch",)
@@ -72,7 +72,7 @@ class Conversion:
         plan = [_decided(step, step.source.path in self.source.shards) for step in self.steps]
         written = {name: _sha256(content) for name, content in self.files.items()}
         decided = json.dumps([plan, self.config, self.max_shard_bytes, written], sort_keys=True)
-        files = [*self.source.shards, self.source.folder / CONFIG, *self.sidecars]
+        files = [*self.source.shards, self.source.folder / CONFIG]  # others are copied when all else is done
         identity = {
             "tool version": VERSION,
             "scheme": self.scheme,
@@ -91,8 +91,13 @@ def _decided(step: Step, is_from_source: bool) -> list[Any]:
 
 
 def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:
-    """Size and time of modification of each file."""
-    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+    """Size and time of modification of each file. Raises ReadError."""
+    found = {}
+    for path in files:
+        with reading(path):
+            state = path.stat()
+        found[path.name] = [state.st_size, state.st_mtime_ns]
+    return found
 
 
 def convert(
@@ -116,13 +121,17 @@ def convert(
 
     Raises:
         InputError: the target is not ours to write, is full or read-only, or the source is bad (see `rewrite`); workers
-            cannot be used or were lost (see `rewrite_by_tasks`).
+            cannot be used or were lost (see `rewrite_by_tasks`); an earlier run had finished, and a file of it is not
+            as it was, or a small file of the source.
     """
     for checkpoint in (conversion.source, conversion.base):
         if checkpoint is not None:
             refuse_inside(target, checkpoint.folder)
     run = Run(target, conversion.identity())
-    if run.is_complete:
+    copied = conversion.sidecars
+    manifest = run.finished_manifest()
+    if manifest is not None:
+        _check_copies(copied, manifest, target)
         return False
     if workers is None:
         conversion.check_machine()
@@ -135,8 +144,10 @@ def convert(
             source_hashes = rewrite_by_tasks(workers, shards, run, progress, conversion.source.shards, conversion.reads)
         if verify is not None:
             verify([target / shard.name for shard in shards])
-        for path in conversion.sidecars:
-            run.write_bytes(path.name, path.read_bytes())
+        for path in copied:
+            with reading(path):
+                content = path.read_bytes()
+            run.write_bytes(path.name, content)
         for name, content in conversion.files.items():
             run.write_bytes(name, content)
         if conversion.identity() != run.identity:
@@ -144,7 +155,8 @@ def convert(
         config = to_json(conversion.config)
         if len(shards) > 1:
             run.write_bytes(INDEX, to_json(_index(shards)))
-        run.write_bytes(MANIFEST, to_json(_manifest(conversion, run, source_hashes, command, config)))
+        sources = _sources(conversion.source, run, source_hashes, copied)
+        run.write_bytes(MANIFEST, to_json(_manifest(conversion, run, sources, command, config)))
         run.write_bytes(CONFIG, config)
         run.complete()
     return True
@@ -162,14 +174,36 @@ def _index(shards: Iterable[Shard]) -> dict[str, Any]:
     return {"metadata": {"total_size": sum(shard.n_bytes for shard in shards)}, "weight_map": weight_map}
 
 
+def _check_copies(copied: Iterable[Path], manifest: Mapping[str, Any], target: Path) -> None:
+    """Raises InputError: a small file of the source is another one since, and the finished target has not got it."""
+    for path in copied:
+        with reading(path):
+            found = path.read_bytes()
+        then = manifest["output"].get(path.name)
+        if then and then["sha256"] != _sha256(found) and found != (target / path.name).read_bytes():
+            raise InputError(f"{path}: changed since {target} was finished; copy it there, or remove {target}")
+
+
+def _sources(
+    source: Checkpoint, run: Run, shards: Mapping[Path, str], copied: Iterable[Path]
+) -> dict[str, dict[str, Any]]:
+    """Size and hash of what was read, by name."""
+    with reading(source.folder / CONFIG):
+        hashes = {path.name: digest for path, digest in shards.items()}
+        hashes[CONFIG] = _sha256((source.folder / CONFIG).read_bytes())
+    found = {name: {"bytes": run.identity["source"][name][0], "sha256": digest} for name, digest in hashes.items()}
+    found |= {path.name: _described(run.finished[path.name]) for path in copied}
+    return dict(sorted(found.items()))
+
+
+def _described(file: FinishedFile) -> dict[str, Any]:
+    return {"bytes": file.n_bytes, "sha256": file.sha256}
+
+
 def _manifest(
-    conversion: Conversion, run: Run, source_hashes: Mapping[Path, str], command: Sequence[str], config: bytes
+    conversion: Conversion, run: Run, sources: Mapping[str, Any], command: Sequence[str], config: bytes
 ) -> dict[str, Any]:
-    folder = conversion.source.folder
-    hashes = {path.name: digest for path, digest in source_hashes.items()}
-    for path in [folder / CONFIG, *conversion.sidecars]:
-        hashes[path.name] = _sha256(path.read_bytes())
-    outputs = {name: {"bytes": file.n_bytes, "sha256": file.sha256} for name, file in sorted(run.finished.items())}
+    outputs = {name: _described(file) for name, file in sorted(run.finished.items())}
     outputs[CONFIG] = {"bytes": len(config), "sha256": _sha256(config)}
     details = dict(conversion.details)
     if conversion.conclude is not None:
@@ -185,9 +219,7 @@ def _manifest(
         },
         "summary": conversion.summary,
         **({"details": details} if details else {}),
-        "source": {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": digest} for name, digest in sorted(hashes.items())
-        },
+        "source": sources,
         "output": outputs,
     }
 

@@ -65,13 +65,13 @@ class Run:
         self._created: list[Path] = []
         self._journal: BinaryIO | None = None
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether an earlier run of the same identity has finished."""
-        manifest = self.target / MANIFEST
-        if (self.target / JOURNAL).exists() or not manifest.is_file():
-            return False
-        return bool(read_json(manifest).get("identity") == self.identity)
+    def finished_manifest(self) -> Mapping[str, Any] | None:
+        """That of an earlier run of the same identity, if it has finished. Raises InputError: see `check_whole`."""
+        manifest = manifest_of(self.target)
+        if manifest.get("identity") != self.identity:
+            return None
+        check_whole(self.target, manifest)
+        return manifest
 
     def __enter__(self) -> Self:
         try:
@@ -230,6 +230,22 @@ def writing_partial(target: Path, name: str, attempt: str = "") -> Iterator[Hash
 
 def _partial(target: Path, name: str, attempt: str) -> Path:
     return target / f"{name}{'.' if attempt else ''}{attempt}{_PARTIAL}"
+
+
+def manifest_of(target: Path) -> Mapping[str, Any]:
+    """The manifest in a folder; empty where no run has finished."""
+    if (target / JOURNAL).exists() or not (target / MANIFEST).is_file():
+        return {}
+    return read_json(target / MANIFEST)
+
+
+def check_whole(target: Path, manifest: Mapping[str, Any]) -> None:
+    """Raises InputError: a file that a finished run has written is gone, or weights have another size."""
+    for name, file in manifest["output"].items():
+        path, expected = target / name, file["bytes"]
+        found = f"{path.stat().st_size:,} bytes" if path.is_file() else "no file"
+        if found == "no file" or (path.suffix == ".safetensors" and found != f"{expected:,} bytes"):
+            raise InputError(f"{path}: got {found}, expected {expected:,} bytes; remove {target} to start anew")
 
 
 def check_takes_run(target: Path) -> None:

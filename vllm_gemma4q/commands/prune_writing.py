@@ -11,8 +11,7 @@ from typing import Any
 from gguf_mixed.drop_map import RetainedExperts
 from vllm_gemma4q.checkpoint import Checkpoint
 from vllm_gemma4q.checkpoint.convert import Conversion, convert, refuse_inside
-from vllm_gemma4q.checkpoint.header import read_json
-from vllm_gemma4q.checkpoint.run import JOURNAL, MANIFEST, check_takes_run
+from vllm_gemma4q.checkpoint.run import check_takes_run, check_whole, manifest_of
 from vllm_gemma4q.commands.progress import byte_bar
 from vllm_gemma4q.commands.prune_model import PrunedModel
 from vllm_gemma4q.pruned_moe.knobs import Options
@@ -84,9 +83,12 @@ class Writing:
 
 
 def _is_done(target: Path, request: str) -> bool:
-    if (target / JOURNAL).exists() or not (target / MANIFEST).is_file():
+    """Raises InputError: it was, and a file of it is gone or has another size."""
+    manifest = manifest_of(target)
+    if (manifest.get("details") or {}).get(_REQUEST) != request:
         return False
-    return (read_json(target / MANIFEST).get("details") or {}).get(_REQUEST) == request
+    check_whole(target, manifest)
+    return True
 
 
 def _write(conversion: Conversion, target: Path) -> bool:

@@ -47,7 +47,7 @@ def feedback_factor(moments: Callable[[], torch.Tensor]) -> torch.Tensor:
 def _with_unit_blocks(root: torch.Tensor) -> torch.Tensor:
     """Columns of blocks times the inverse of the block on the diagonal, in their place."""
     for start in range(0, len(root), BLOCK):
-        blocks = root[start:, start : start + BLOCK].unflatten(1, (-1, TILE)).transpose(0, 1)
+        blocks = root[start:, start : start + BLOCK].view(-1, BLOCK // TILE, TILE).transpose(0, 1)
         on_diagonal = torch.stack([each[TILE * i :][:TILE] for i, each in enumerate(blocks)])
         blocks.copy_(torch.linalg.solve_triangular(on_diagonal, blocks, upper=False, left=False))
     return root
