@@ -34,9 +34,12 @@ _STAMP = re.compile(r"^\d+\.\d+\.\d+\.\d+ ")  # minutes.seconds.milliseconds.mic
 
 
 def cache_folder() -> Path:
-    """Where a build of our own is kept."""
+    """Where a build of our own is kept. Raises InputError: in a container, say, whose user has no home."""
     root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "gemma4q" / "llama.cpp"
+    try:
+        return (Path(root) if root else Path.home() / ".cache") / "gemma4q" / "llama.cpp"
+    except RuntimeError as error:
+        raise InputError("HOME: not set, and this user has no home folder: set HOME or XDG_CACHE_HOME") from error
 
 
 def find_tool(name: str, folder: Path | None = None) -> Path:
