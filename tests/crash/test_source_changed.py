@@ -37,7 +37,6 @@ def doubled(path):
 CHANGES = {
     "a byte of a shard": ("quantize quark-int8", "base", "model-00001-of-00002.safetensors", flip, "another source"),
     "the configuration": ("quantize quark-int8", "base", "config.json", spaced, "another source"),
-    "a sidecar": ("quantize quark-int8", "base", "chat_template.jinja", spaced, "another source"),
     "the statistics": ("quantize fp8-static", "statistics", "", doubled, "another"),
     "a byte of the base": ("restore", "base", "model-00001-of-00002.safetensors", flip, "another base"),
     "the text": ("calibrate", "text.txt", "", reworded, "another texts"),
@@ -61,6 +60,22 @@ def test_refused(server, known, made, what, tmp_path):
     ended = server.run(case, folder)
     assert ended.status == 2 and ended.printed.count("\n") == 1 and said in ended.printed, ended
     check_same(snapshot(folder), before)
+
+
+@pytest.mark.slow
+def test_a_sidecar_is_taken_as_it_is_at_the_end(server, known, made, tmp_path):
+    """It decides no byte of a shard: what is finished stays, and the result is that of the source as it is now."""
+    copy = tmp_path / "base"
+    shutil.copytree(made / "base", copy)
+    arguments = [copy if argument == made / "base" else argument for argument in known["quantize quark-int8"].arguments]
+    case = dataclasses.replace(known["quantize quark-int8"], arguments=arguments)
+    events = must_succeed(server.run(case, make(tmp_path / "counted", case))).events
+    folder, whole = make(tmp_path / "run", case), make(tmp_path / "whole", case)
+    assert server.run(case, folder, at=events // 2).status == -signal.SIGKILL
+    spaced(copy / "chat_template.jinja")
+    must_succeed(server.run(case, folder))
+    must_succeed(server.run(case, whole))
+    check_same(snapshot(folder), snapshot(whole))
 
 
 @pytest.mark.slow
