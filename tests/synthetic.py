@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from vllm_gemma4q.architecture import parse_text_architecture
 
@@ -128,6 +128,25 @@ def write_checkpoint(
     write_json(folder / "tokenizer_config.json", {"eos_token": "<eos>"})
     (folder / "chat_template.jinja").write_text("{{ messages }}\n")
     return folder
+
+
+# By kind, module and shape of what is stored, as weights, in layers of `small_config` beside what it asks for.
+LEFT_OVER = {
+    "shard": ("layers.2.self_attn.v_proj", (32, 64)),  # of the layer whose values are its keys
+    "adapter": ("layers.0.self_attn.q_proj.lora_A", (8, 64)),
+    "layer": ("layers.7.mlp.up_proj", (96, 64)),
+}
+
+
+def add_left_over(folder: Path) -> dict[str, str]:
+    """Put `LEFT_OVER` into a checkpoint of one shard. Returns full modules by kind."""
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    modules = {kind: f"model.language_model.{module}" for kind, (module, _) in LEFT_OVER.items()}
+    extra = {f"{modules[kind]}.weight": _random(shape, torch.bfloat16, generator)
+             for kind, (_, shape) in LEFT_OVER.items()}  # fmt: skip
+    save_file(tensors | extra, folder / "model.safetensors", metadata={"format": "pt"})
+    return modules
 
 
 def _random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:

@@ -155,3 +155,11 @@ def test_a_written_card_is_not_overwritten(checkpoint, tmp_path):
     finished = card(checkpoint, "-o", target)
     assert finished.returncode == 2 and "exists and is another" in finished.stderr
     assert target.read_text() == "mine" and [path.name for path in tmp_path.iterdir()] == ["README.md"]
+
+
+def test_commands_are_those_that_ran(checkpoint, divergence_file):
+    document = json.loads(divergence_file.read_text())
+    document["protocol"] |= {"dtype": "float16", "tensor_parallel_size": 2}
+    divergence_file.write_text(json.dumps(document))
+    text = card(checkpoint, "-o", "-", "--result", divergence_file).stdout
+    assert "vllm serve small-int8 -tp 2 --dtype float16   # vLLM " in text

@@ -8,7 +8,15 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from synthetic import CONFIG_26B_A4B, CONFIG_31B, shapes, small_config, write_checkpoint, write_header_only
+from synthetic import (
+    CONFIG_26B_A4B,
+    CONFIG_31B,
+    add_left_over,
+    shapes,
+    small_config,
+    write_checkpoint,
+    write_header_only,
+)
 
 from vllm_gemma4q.architecture import Role, parse_text_architecture, role_of
 from vllm_gemma4q.checkpoint import open_checkpoint
@@ -197,3 +205,25 @@ def test_shapes_are_those_of_the_real_inventory():
 def test_already_quantized_is_refused(pair):
     with pytest.raises(InputError, match="already quantized"):
         quantize.plan(open_checkpoint(pair[2] / "target"))
+
+
+def test_only_linears_that_the_model_has_are_quantized(tmp_path):
+    """And what engines fuse with them."""
+    source = write_checkpoint(tmp_path / "source", small_config())
+    modules = add_left_over(source)
+    before, after = load(source), run(source, tmp_path / "target")
+    assert after[f"{modules['shard']}.weight"].dtype == torch.int8
+    exclude = json.loads((tmp_path / "target" / "config.json").read_text())["quantization_config"]["exclude"]
+    for kind in ("adapter", "layer"):
+        name = f"{modules[kind]}.weight"
+        assert torch.equal(after[name], before[name]) and f"{name}_scale" not in after
+        assert modules[kind] in exclude
+    assert modules["shard"] not in exclude
+
+
+def test_no_quantization_in_so_many_words(tmp_path):
+    """A null means that there is none."""
+    source = write_checkpoint(tmp_path / "source", small_config() | {"quantization_config": None})
+    run(source, tmp_path / "target")
+    config = json.loads((tmp_path / "target" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "quark"

@@ -91,3 +91,11 @@ def test_own_files_take_the_place_of_the_sources(source, tmp_path):
     manifest = json.loads((tmp_path / "target" / "gemma4q-manifest.json").read_text())
     assert manifest["output"]["notes.json"] == {"bytes": 3, "sha256": hashlib.sha256(b"new").hexdigest()}
     assert "notes.json" not in manifest["source"]
+
+
+def test_bytes_are_copied_to_what_they_mean(source):
+    tensor = source.tensors["matrix"]
+    with pytest.raises(ValueError, match=f"matrix: copying {tensor.dtype} to matrix of F16"):
+        Step(tensor, (OutputTensor("matrix", "F16", tensor.shape),))
+    with pytest.raises(ValueError, match=r"matrix: copying \d+ bytes to \d+"):
+        Step(tensor, (OutputTensor("matrix", tensor.dtype, (1, *tensor.shape)[:-1]),))

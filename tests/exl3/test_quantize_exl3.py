@@ -6,15 +6,17 @@ import pytest
 import torch
 from exl3_runs import FULL, LAYER, LENGTH, SAMPLES, SLIDING, load, manifest, run, tiny_config, write_hessians
 from gemma4q_kernels.exl3 import quantize_linear, reconstruct
-from synthetic import shapes, write_checkpoint
+from synthetic import add_left_over, shapes, small_config, write_checkpoint
 from tolerances import EXL3_REPORTED
 
 from vllm_gemma4q.architecture import parse_text_architecture
 from vllm_gemma4q.checkpoint import open_checkpoint
 from vllm_gemma4q.exl3.facts import read_facts
-from vllm_gemma4q.exl3.quantize import Options
+from vllm_gemma4q.exl3.hessians import Hessians
+from vllm_gemma4q.exl3.quantize import Options, plan
 from vllm_gemma4q.exl3.steps import seed_of
 from vllm_gemma4q.exl3.storage import disagreements
+from vllm_gemma4q.linears import linears_of
 
 MCG = 0xCBAC1FED
 GATE_UP, DOWN = f"{LAYER}.experts.gate_up_proj", f"{LAYER}.experts.down_proj"
@@ -189,3 +191,20 @@ def test_seeds_are_of_the_name():
     assert seed_of("lm_head") == 3893544002
     names = [name for name, _ in shapes(tiny_config(*[FULL] * 20)).items()]
     assert len({seed_of(name) for name in names}) == len(names)
+
+
+def test_only_linears_that_the_model_has_are_quantized(tmp_path):
+    """And what engines fuse with them, which calibration has not seen: its input is that of its siblings."""
+    source = write_checkpoint(tmp_path / "source", small_config())
+    modules = add_left_over(source)
+    write_hessians(source, tmp_path / "statistics")
+    planned = plan(open_checkpoint(source), Options(4, 16), tmp_path / "statistics")
+    written = {output.name for step in planned.steps for output in step.written}
+    assert f"{modules['shard']}.trellis" in written and f"{modules['shard']}.weight" not in written
+    for kind in ("adapter", "layer"):
+        assert f"{modules[kind]}.weight" in written and f"{modules[kind]}.trellis" not in written
+    tensors = open_checkpoint(source).tensors
+    names = (modules["shard"], modules["shard"].replace("v_proj", "q_proj"))
+    linears = [linear for name in names for linear in linears_of(tensors[f"{name}.weight"])]
+    hessians = [Hessians(tmp_path / "statistics", linears).of(linear) for linear in linears]
+    assert len(hessians) == 2 and torch.equal(*hessians)

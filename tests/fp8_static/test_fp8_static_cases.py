@@ -9,7 +9,7 @@ import torch
 from fp8_runs import DOWN, E4M3, K, Q, aligned_scales, load, manifest, run, same, weights_before
 from made_statistics import write_for
 from safetensors.torch import save_file
-from synthetic import small_config, write_checkpoint
+from synthetic import add_left_over, small_config, write_checkpoint
 
 from vllm_gemma4q.checkpoint import open_checkpoint
 from vllm_gemma4q.checkpoint.convert import convert
@@ -204,3 +204,19 @@ def test_statistics_of_another_fine_tune(tmp_path):
     write_for(source, tmp_path / "statistics")
     with pytest.raises(InputError, match=r"statistics: statistics of another model: source \(\w+\), expected tuned \("):
         plan(open_checkpoint(tuned), tmp_path / "statistics")
+
+
+def test_only_linears_that_the_model_has_are_quantized(tmp_path):
+    """And what engines fuse with them, which calibration has not seen: its input is that of its siblings."""
+    source = write_checkpoint(tmp_path / "source", small_config())
+    modules = add_left_over(source)
+    write_for(source, tmp_path / "statistics")
+    before, after = load(source), run(source, tmp_path / "statistics", tmp_path / "target")
+    shard = modules["shard"]
+    assert after[f"{shard}.weight"].dtype == E4M3
+    assert torch.equal(after[f"{shard}.input_scale"], after[f"{shard.replace('v_proj', 'q_proj')}.input_scale"])
+    ignored = json.loads((tmp_path / "target" / "config.json").read_text())["quantization_config"]["ignored_layers"]
+    for kind in ("adapter", "layer"):
+        name = f"{modules[kind]}.weight"
+        assert torch.equal(after[name], before[name]) and f"{name}_scale" not in after
+        assert modules[kind] in ignored

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from masked_model import MaskedModel
-from prune_files import EXAMPLE, LAYERS, N_LAYERS, NUM_EXPERTS, differences, retained, same, write
+from prune_files import EXAMPLE, LAYERS, N_LAYERS, NUM_EXPERTS, differences, one_by_one, retained, same, write
 from pruned_checkpoints import NON_UNIFORM, UNIFORM
 from tolerances import REFIT_KLD, RIDGE_REGRESSION, rms_error
 from vllm_plugin.checkpoints import edit, load
@@ -241,3 +241,28 @@ def test_weights_stay_in_the_source_dtype(trained, tmp_path):
     assert {tensor.dtype for tensor in weights.tensors.values()} == {"F32"}
     result = write(plan(open_checkpoint(tmp_path / "mixed"), retained(UNIFORM), refitted=weights), tmp_path / "target")
     assert same(result[down_proj(1)], load(tmp_path / "work")[down_proj(1)][list(UNIFORM[1])])
+
+
+def test_layers_of_differing_dtypes(trained, tmp_path):
+    edit(EXAMPLE, tmp_path / "mixed", lambda tensors: tensors | {down_proj(1): tensors[down_proj(1)].float()})
+    source = open_checkpoint(tmp_path / "mixed")
+    weights, _ = refit(Decoder(source, torch.float32), Variant(retained(UNIFORM)), trained[:1], tmp_path / "work")
+    result = write(plan(source, retained(UNIFORM), refitted=weights), tmp_path / "target")
+    for layer, kept in enumerate(UNIFORM):
+        dtype = torch.float32 if layer == 1 else torch.bfloat16
+        assert result[down_proj(layer)].dtype == dtype
+        assert same(result[down_proj(layer)], load(tmp_path / "work")[down_proj(layer)][list(kept)])
+
+
+def test_experts_of_differing_dtypes_in_a_layer(trained, tmp_path):
+    """Nothing has been computed when it is told."""
+    name = f"{LAYERS}1.experts.3.down_proj.weight"
+
+    def change(tensors):
+        split = one_by_one(tensors)
+        return split | {name: split[name].float()}
+
+    edit(EXAMPLE, tmp_path / "mixed", change)
+    decoder = Decoder(open_checkpoint(tmp_path / "mixed"), torch.float32)
+    with pytest.raises(InputError, match=rf"tensor {LAYERS}1\..*: refit: got BF16, expected F32 as {name} has"):
+        refit(decoder, Variant(retained(UNIFORM)), trained[:1], tmp_path / "work")

@@ -6,6 +6,7 @@ import re
 import shutil
 from base64 import b64encode
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -30,11 +31,13 @@ from safetensors.torch import load_file
 from vllm_plugin.checkpoints import load
 
 from vllm_gemma4q.calibration.identity import model_identity
-from vllm_gemma4q.checkpoint import open_checkpoint
+from vllm_gemma4q.checkpoint import TensorInfo, open_checkpoint
 from vllm_gemma4q.evaluation.gsm8k.answers import Reply
 from vllm_gemma4q.evaluation.gsm8k.report import report as gsm8k_report
 from vllm_gemma4q.evaluation.gsm8k.results import Results
+from vllm_gemma4q.linears import Linear
 from vllm_gemma4q.report.facts import MEASURED, NOTED, collect
+from vllm_gemma4q.report.measured import _factors
 from vllm_gemma4q.report.parts import Column
 from vllm_gemma4q.report.render import render
 from vllm_gemma4q.report.scales import bits_scale, spread_scale
@@ -267,3 +270,13 @@ def test_quality_is_what_result_files_say(int8, tmp_path):
     low, high = score["strict"]["interval"]
     assert "75.00%" in page and f"{100 * low:.2f}% to {100 * high:.2f}%" in page
     assert "Quality, measured" not in render(collect(int8, None, [], None))
+
+
+@pytest.mark.parametrize(
+    ("scale", "factors"), [((), (0, 1)), ((1,), (0, 1)), ((256,), (0, 256)), ((256, 1), (0, 256)), ((2, 128), None)]
+)
+def test_scales_of_blocks_are_told_by_their_shape(scale, factors):
+    """128 x 128 blocks of [256, 16384] are as many as there are rows; such as o_proj of global layers of the 31B."""
+    weight, stored = (TensorInfo(name, "F8_E4M3", shape, Path("x"), 0, 0)
+                      for name, shape in (("o_proj.weight", (256, 16384)), ("o_proj.weight_scale", scale)))  # fmt: skip
+    assert _factors(Linear("o_proj", weight, 0, 256), stored) == factors

@@ -168,7 +168,9 @@ class Card:
             engine, ranks = measured.engine, measured.protocol.get("tensor_parallel_size", 1)
             if engine["name"] != VLLM:
                 continue
+            dtype = measured.protocol.get("dtype", "auto")
             flags = [] if ranks == 1 else ["-tp", str(ranks)]
+            flags += [] if dtype == "auto" else ["--dtype", dtype]
             yield f"{shlex.join(['vllm', 'serve', self.title, *flags])}   # vLLM {engine['version']}"
         for found in self.results.gsm8k:
             if "serve_flags" in found["run"]:

@@ -13,6 +13,7 @@ from vllm_gemma4q.errors import InputError
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
+_QUANTIZATION = "quantization_config"
 PICKLE_SUFFIXES = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
 
 
@@ -41,7 +42,7 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
     folder = Path(folder)
     if not folder.is_dir():
         raise InputError(f"{folder}: not a folder")
-    config = read_json(folder / CONFIG)
+    config = _read_config(folder)
     weight_map = _read_weight_map(folder)
     shards = _shards(folder, weight_map)
     tensors: dict[str, TensorInfo] = {}
@@ -52,6 +53,12 @@ def open_checkpoint(folder: Path | str) -> Checkpoint:
             tensors[name] = tensor
     _check_index(weight_map, tensors)
     return Checkpoint(folder, config, shards, tensors)
+
+
+def _read_config(folder: Path) -> Mapping[str, Any]:
+    """Without a `quantization_config` of null, which says that there is none: engines read it so, too."""
+    config = read_json(folder / CONFIG)
+    return {key: value for key, value in config.items() if key != _QUANTIZATION or value is not None}
 
 
 def _read_weight_map(folder: Path) -> Mapping[str, str] | None:

@@ -85,6 +85,17 @@ class Step:
             raise ValueError(f"{self.source.name}: slices are copied, got a transform")
         if self.transform is not None and self.compute is not None:
             raise ValueError(f"{self.source.name}: got a transform and a computation, expected one of them")
+        if self.is_copy:
+            self._check_copy()
+
+    def _check_copy(self) -> None:
+        """Bytes that go as they are must mean the same under their new name."""
+        n_bytes = sum(output.n_bytes for output in self.outputs)
+        if n_bytes != self.source_bytes:
+            raise ValueError(f"{self.source.name}: copying {self.source_bytes} bytes to {n_bytes}")
+        for output in self.outputs:
+            if output.dtype != self.source.dtype:
+                raise ValueError(f"{self.source.name}: copying {self.source.dtype} to {output.name} of {output.dtype}")
 
     @property
     def is_copy(self) -> bool:

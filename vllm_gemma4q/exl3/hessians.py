@@ -27,13 +27,13 @@ class Hessians:
         self.statistics: Statistics = read_statistics(statistics)
         self._counts: dict[str, int] = {}
         for linear in linears:
-            name, _ = linear.inputs
+            name, _ = linear.inputs_among(self.statistics.modules)
             if name not in self._counts:
                 self._counts[name] = self._check(name, linear.shape[1])
 
     def of(self, linear: Linear) -> torch.Tensor:
         """float32 [in, in]."""
-        name, _ = linear.inputs
+        name, _ = linear.inputs_among(self.statistics.modules)
         found = self.statistics.hessian(name)
         assert found is not None, name
         return torch.from_numpy(found).div_(self._counts[name])

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from gemma4q_kernels.exl3 import CODEBOOKS, choose_encoder
 
-from vllm_gemma4q.architecture import Role, TextArchitecture, parse_text_architecture, role_of
+from vllm_gemma4q.architecture import Role, TextArchitecture, parse_text_architecture
 from vllm_gemma4q.calibration.identity import check_same_model
 from vllm_gemma4q.checkpoint import Checkpoint
 from vllm_gemma4q.checkpoint.convert import Conversion
@@ -30,7 +30,7 @@ from vllm_gemma4q.exl3.hessians import Hessians
 from vllm_gemma4q.exl3.memory import check_memory
 from vllm_gemma4q.exl3.report import by_role, with_errors
 from vllm_gemma4q.exl3.steps import Writing, kept, seed_of
-from vllm_gemma4q.linears import Linear, linears_of
+from vllm_gemma4q.linears import Linear, linears_of_model
 from vllm_gemma4q.summary import summarize
 
 SCHEME = "exl3"
@@ -84,7 +84,8 @@ def plan(
         method = source.config["quantization_config"]
         raise InputError(f"config.json: already quantized ({method}), expected a BF16 checkpoint")
     check_unquantized(architecture, source.tensors)
-    linears = _layer_linears(source)
+    found = linears_of_model(source.tensors, architecture, QUANTIZED_ROLES)
+    linears = [linear for of_tensor in found.values() for linear in of_tensor]
     bits = allocate(linears, options.bits)
     average = mean_bits(linears, bits)
     if options.head_bits != UNQUANTIZED_HEAD:
@@ -117,12 +118,6 @@ def plan(
         conclude=partial(with_errors, linears, details),
         check_machine=partial(check_memory, linears, bits, statistics is not None, options.device),
     )
-
-
-def _layer_linears(source: Checkpoint) -> list[Linear]:
-    """Linears of all layers, in the order of the checkpoint."""
-    tensors = [tensor for tensor in source.tensors.values() if role_of(tensor.name) in QUANTIZED_ROLES]
-    return [linear for tensor in tensors for linear in linears_of(tensor)]
 
 
 def _head(source: Checkpoint, architecture: TextArchitecture) -> Linear:

@@ -44,7 +44,7 @@ def input_scales(linears: Iterable[Linear], statistics: Statistics, rule: Rule) 
     known: dict[str, list[InputScale]] = {}
     result = {}
     for linear in linears:
-        name, index = linear.inputs
+        name, index = linear.inputs_among(statistics.modules)
         if name not in known:
             known[name] = _choose(name, statistics.inputs(name), linear.shape[1], rule)
         if index >= len(known[name]):

@@ -40,7 +40,7 @@ from vllm_gemma4q.fp8_static.inputs import InputScale, fallbacks, input_scales
 from vllm_gemma4q.fp8_static.measure import n_bytes
 from vllm_gemma4q.fp8_static.scales import SMALLEST_SCALE, Rule
 from vllm_gemma4q.fp8_static.weights import WeightScale, weight_scales
-from vllm_gemma4q.linears import Linear, linears_of, unquantized_linears
+from vllm_gemma4q.linears import Linear, linears_of_model, unquantized_linears
 from vllm_gemma4q.module_headers import WEIGHT_SCALE
 from vllm_gemma4q.summary import summarize
 
@@ -72,7 +72,8 @@ def linears_to_quantize(source: Checkpoint) -> list[Linear]:
         method = source.config["quantization_config"]
         raise InputError(f"config.json: already quantized ({method}), expected a BF16 checkpoint")
     check_unquantized(architecture, source.tensors)
-    return [linear for tensor in source.tensors.values() for linear in _quantized(tensor)]
+    found = linears_of_model(source.tensors, architecture, QUANTIZED_ROLES)
+    return [linear for linears in found.values() for linear in linears]
 
 
 def bytes_to_measure(source: Checkpoint, options: Options) -> int:
@@ -110,26 +111,26 @@ def plan(
     weights = {}
     if options.granularity is Granularity.TENSOR:
         weights = weight_scales(linears, options.weights, progress, workers)
-    steps = [step for tensor in source.tensors.values() for step in _steps(tensor, weights, inputs)]
-    quantized = {linear.module for linear in linears}
-    ignored = sorted({*unquantized_linears(source), *_other_linears(source)} - quantized)
+    of_tensor: dict[str, list[Linear]] = {}
+    for linear in linears:
+        of_tensor.setdefault(linear.tensor.name, []).append(linear)
+    steps = [
+        step
+        for tensor in source.tensors.values()
+        for step in _steps(tensor, of_tensor.get(tensor.name, ()), weights, inputs)
+    ]
+    ignored = unquantized_linears(source, {linear.module for linear in linears})
     config = {**source.config, "quantization_config": quantization_config(ignored, options.granularity)}
     details = _details(options, found, weights, inputs)
     return Conversion(SCHEME, source, steps, config, summarize(steps), max_shard_bytes, details)
 
 
-def _quantized(tensor: TensorInfo) -> Iterator[Linear]:
-    return linears_of(tensor) if role_of(tensor.name) in QUANTIZED_ROLES else iter(())
-
-
-def _other_linears(source: Checkpoint) -> Iterator[str]:
-    """Linears of the language model's layers that stay as they are: those of per-layer inputs."""
-    for tensor in source.tensors.values():
-        yield from (linear.module for linear in linears_of(tensor))
-
-
-def _steps(tensor: TensorInfo, weights: Mapping[str, WeightScale], inputs: Mapping[str, InputScale]) -> Iterator[Step]:
-    linears = list(_quantized(tensor))
+def _steps(
+    tensor: TensorInfo,
+    linears: Sequence[Linear],
+    weights: Mapping[str, WeightScale],
+    inputs: Mapping[str, InputScale],
+) -> Iterator[Step]:
     if not linears:
         yield Step(tensor, (OutputTensor(tensor.name, tensor.dtype, tensor.shape),))
     for linear in linears:

@@ -10,24 +10,27 @@ r [hidden]:
 The ridge is a share of the mean diagonal of sum g^2 a a^T: `RIDGE`, and on top `RIDGE_OF_FEW` x width / tokens, so that
 an expert few tokens reach hardly moves (without it, a short text does more harm than good). No gradients, no steps to
 tune; later layers see, and mend, what earlier ones left. Text comes from the user and should be what the model is for.
-The result lies in the work folder, one file a layer, in the source's dtype, and is resumable at layer boundaries.
+The result lies in the work folder, one file a layer, in the dtype of the source's layer, and is resumable at layer
+boundaries.
 
 Cf. weight updates of OBS pruning (Hassibi 1993) and SparseGPT (arXiv 2301.00774); here whole experts are pruned.
 """
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from vllm_gemma4q.architecture import layer_of
 from vllm_gemma4q.calibration.activations import StoredActivations
 from vllm_gemma4q.calibration.decoder import Decoder
 from vllm_gemma4q.calibration.experts import Experts
 from vllm_gemma4q.calibration.forward import layout_of
-from vllm_gemma4q.calibration.weights import dtype_of
+from vllm_gemma4q.calibration.weights import TORCH_DTYPES
 from vllm_gemma4q.calibration.work import Work
-from vllm_gemma4q.checkpoint import Checkpoint
+from vllm_gemma4q.checkpoint import Checkpoint, TensorInfo
 from vllm_gemma4q.checkpoint.header import read_header
 from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.pruned_moe.streams import Progress, Variant
@@ -35,7 +38,7 @@ from vllm_gemma4q.pruned_moe.streams import Progress, Variant
 RIDGE, RIDGE_OF_FEW = 0.1, 8.0
 PASSES = 3  # of a layer: unpruned, pruned, pruned with what was found
 _STREAMS = ("unpruned", "pruned")
-_STORED = r"\.experts\.(?:0\.)?down_proj(?:\.weight)?$"
+_DOWN_PROJ = re.compile(r"\.experts\.(?:\d+\.)?down_proj(?:\.weight)?$")
 
 
 class Refit:
@@ -47,12 +50,16 @@ class Refit:
         samples: token ids. What enters one layer's experts, and what is left to explain, is in memory: 6 bytes x
             tokens x hidden size in BF16.
         work: where layers and activations go.
+
+    Raises:
+        InputError: experts are not stored in a float dtype, the same for all of a layer.
     """
 
     def __init__(self, decoder: Decoder, variant: Variant, samples: Sequence[Sequence[int]], work: Work):
         self._decoder, self._variant, self._samples, self._work = decoder, variant, samples, work
         self._layout = layout_of(decoder, samples)
         self._progress: Progress = lambda tokens: None
+        self._stored = _stored_dtypes(decoder.checkpoint)
 
     @property
     def n_steps(self) -> int:
@@ -96,7 +103,7 @@ class Refit:
         if variant.drops(index):
             self._refit(layer, index)
             weight = layer.experts.down_proj.data
-            tensors[_down_proj(decoder, index)] = weight.to(dtype_of(decoder.checkpoint, _STORED))
+            tensors[_down_proj(decoder, index)] = weight.to(self._stored[index])
         else:
             self._run(layer, "unpruned", index)
         with variant.applied(layer, index):
@@ -226,6 +233,21 @@ def _solve(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
     gram.diagonal().add_(ridge)
     solution: torch.Tensor = torch.cholesky_solve((inputs.T @ outputs).double(), torch.linalg.cholesky(gram))
     return solution.float()
+
+
+def _stored_dtypes(checkpoint: Checkpoint) -> dict[int, torch.dtype]:
+    """Of every layer's `down_proj`."""
+    found: dict[int, TensorInfo] = {}
+    for name, tensor in checkpoint.tensors.items():
+        layer = layer_of(name)
+        if layer is None or _DOWN_PROJ.search(name) is None:
+            continue
+        first = found.setdefault(layer, tensor)
+        if tensor.dtype != first.dtype:
+            raise InputError(f"tensor {name}: refit: got {tensor.dtype}, expected {first.dtype} as {first.name} has")
+        if tensor.dtype not in TORCH_DTYPES:
+            raise InputError(f"tensor {name}: got {tensor.dtype}, expected one of {', '.join(TORCH_DTYPES)}")
+    return {layer: TORCH_DTYPES[tensor.dtype] for layer, tensor in found.items()}
 
 
 def refitted(work: Work, decoder: Decoder) -> Checkpoint:

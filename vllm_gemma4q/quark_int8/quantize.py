@@ -16,7 +16,7 @@ from vllm_gemma4q.checkpoint.convert import Conversion
 from vllm_gemma4q.checkpoint.steps import MAX_SHARD_BYTES, OutputTensor, Step
 from vllm_gemma4q.conformance import check_unquantized
 from vllm_gemma4q.errors import InputError
-from vllm_gemma4q.linears import linears_of, unquantized_linears
+from vllm_gemma4q.linears import Linear, linears_of_model, unquantized_linears
 from vllm_gemma4q.quark_int8.format import quantization_config
 from vllm_gemma4q.summary import summarize
 
@@ -34,13 +34,14 @@ def plan(source: Checkpoint, max_shard_bytes: int = MAX_SHARD_BYTES) -> Conversi
         method = source.config["quantization_config"]
         raise InputError(f"config.json: already quantized ({method}), expected a BF16 checkpoint")
     check_unquantized(architecture, source.tensors)
-    steps = [step for tensor in source.tensors.values() for step in _steps(tensor)]
-    config = {**source.config, "quantization_config": quantization_config(unquantized_linears(source))}
+    linears = linears_of_model(source.tensors, architecture)
+    steps = [step for tensor in source.tensors.values() for step in _steps(tensor, linears.get(tensor.name, ()))]
+    quantized = {linear.module for own in linears.values() for linear in own}
+    config = {**source.config, "quantization_config": quantization_config(unquantized_linears(source, quantized))}
     return Conversion(SCHEME, source, steps, config, summarize(steps), max_shard_bytes)
 
 
-def _steps(tensor: TensorInfo) -> Iterator[Step]:
-    linears = list(linears_of(tensor))
+def _steps(tensor: TensorInfo, linears: Sequence[Linear]) -> Iterator[Step]:
     if not linears:
         yield Step(tensor, (OutputTensor(tensor.name, tensor.dtype, tensor.shape),))
     for linear in linears:

@@ -5,6 +5,7 @@ Left out, as not measured: scales of blocks and zero points, packed 4-bit codes,
 EXL3 refuses, and what is not quantized.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -174,10 +175,11 @@ def _linears_of(weight: TensorInfo) -> list[Linear]:
 
 def _factors(linear: Linear, scale: TensorInfo) -> tuple[int, int] | None:
     """Index of the linear's first scale and how many it has; None where scales are of blocks."""
-    rows, count = linear.last - linear.first, 1
-    for size in scale.shape:
-        count *= size
+    rows, count = linear.last - linear.first, math.prod(scale.shape)
     matrices = linear.tensor.shape[0] if len(linear.tensor.shape) == 3 else 1
+    # Scales of blocks, [R / 128, C / 128], may be as many as there are rows. Experts' are [E, rows] or [E, rows, 1].
+    if len(linear.tensor.shape) == 2 and max(scale.shape, default=1) != count:
+        return None
     if count == 1:
         return 0, 1
     if count == linear.tensor.rows:

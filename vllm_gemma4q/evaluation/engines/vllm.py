@@ -7,7 +7,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -26,6 +26,8 @@ from vllm_gemma4q.evaluation.windows import Window
 _RECORDER = "vllm_gemma4q.evaluation.engines.vllm_recorder.Recorder"
 _EMBEDDINGS = "embed_tokens.weight"
 _PROCESS = "vllm_gemma4q.evaluation.engines.vllm_process"
+# On GPUs vLLM 0.32 has a second model runner, which never holds the log-probabilities of a whole vocabulary.
+_RECORDABLE = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class VLLM:
             asked, answered = folder / "request.json", folder / "answer.npz"
             with refusals(asked):
                 asked.write_text(json.dumps(request))
-            code = _run([sys.executable, "-m", _PROCESS, str(asked), str(answered)], log, folder)
+            environment = engine_environment(folder) | ({} if distributions is None else _RECORDABLE)
+            code = _run([sys.executable, "-m", _PROCESS, str(asked), str(answered)], log, environment)
             if code or not answered.exists():
                 raise InputError(f"{model}: vLLM ended with code {code}; last error: {last_error(log)}")
             answer = np.load(answered)
@@ -94,8 +97,8 @@ def _require() -> None:
         raise InputError("vllm: not installed, expected vLLM 0.32 or newer")
 
 
-def _run(command: Sequence[str], log: Path, folder: Path) -> int:
+def _run(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
     """The exit code."""
-    options: dict[str, Any] = {"env": engine_environment(folder), "stdin": subprocess.DEVNULL}
+    options: dict[str, Any] = {"env": environment, "stdin": subprocess.DEVNULL}
     with log.open("ab") as output, spawn(command, **options, stdout=output, stderr=subprocess.STDOUT) as process:
         return process.wait()

@@ -1,7 +1,8 @@
 """Loaded into vLLM's workers: writes the log-probabilities of every token of the vocabulary while prompts are scored.
 
 vLLM itself hands them out as dictionaries, a Python object a token: unusable for 262,144 of them. The worker computes
-them once for each prompt, in `Sampler.compute_logprobs`; what that returns goes to a file as it is.
+them once for each prompt, in `Sampler.compute_logprobs`; what that returns goes to a file as it is. vLLM's second model
+runner (`VLLM_USE_V2_MODEL_RUNNER`) does not.
 """
 
 from collections.abc import Sequence
@@ -23,9 +24,15 @@ class Recorder:
         Args:
             path: file to write, float32 rows; the first rank's alone is written.
             spans: rows (start, stop) of each prompt to keep; prompts are scored one by one and in this order.
+
+        Raises:
+            RuntimeError: this model runner computes them elsewhere.
         """
         if self.rank == 0:
             sampler = self.model_runner.sampler
+            if not hasattr(sampler, "compute_logprobs"):
+                found = f"{type(sampler).__module__}.{type(sampler).__name__}"
+                raise RuntimeError(f"distributions: got {found}, expected a sampler that has compute_logprobs")
             Path(path).write_bytes(b"")
             sampler.compute_logprobs = _Recording(Path(path), spans, sampler.compute_logprobs)
 
