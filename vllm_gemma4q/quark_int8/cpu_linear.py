@@ -42,6 +42,13 @@ class Gemma4qCpuInt8LinearKernel(CPUInt8ScaledMMLinearKernel):
         else:
             super().process_weights_after_loading(layer)
 
+    def _apply_weights_sgl(
+        self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """For x of any shape, as with oneDNN: SGLang's operator takes matrices alone."""
+        out: torch.Tensor = super()._apply_weights_sgl(layer, x.reshape(-1, x.shape[-1]), bias)
+        return out.reshape(*x.shape[:-1], -1)
+
     def _keep_plain(self, layer: torch.nn.Module) -> None:
         for name in self.layer_param_names[:2]:
             tensor = getattr(layer, name).data.contiguous()
