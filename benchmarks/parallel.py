@@ -3,9 +3,8 @@
     .venv/bin/python benchmarks/parallel.py [NAME..] [--work DIR] [--loaded]
 
 Each checkpoint (see `served_schemes.py`) is loaded by vLLM on this machine's CPU on 1, 2 and 4 ranks of tensor
-parallelism, mixtures also with expert parallelism (EP); ranks are processes that meet over gloo (vLLM's own launcher
-has them meet in shared memory), and share the cores there are. They stay for all checkpoints of as many ranks
-(`parallel_engine.py`). Asked: eight questions, greedily, in float32 (INT8 in bfloat16, the only type it takes on CPUs),
+parallelism, mixtures also with expert parallelism (EP); ranks are processes that share the cores there are, and stay
+for all checkpoints of as many ranks (`parallel_engine.py`). Asked: eight questions, greedily, in float32 (INT8 in bfloat16, the only type it takes on CPUs),
 compared with those of one rank; noted: bytes of parameters and buffers on each rank. Beside it what `gemma4q doctor`
 says of as many ranks: where it disagrees with what the engine did, the exit code is 1.
 Results go to benchmarks/results/parallel.json and, as a table for docs/serve.md, to stdout.
@@ -33,7 +32,7 @@ from vllm_gemma4q.doctor.subject import open_subject
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from vllm_plugin.engine import free_ports
+from vllm_plugin.engine import free_ports, removed_shared_memory
 
 
 class Layout(NamedTuple):
@@ -82,7 +81,8 @@ def _ask(engines: Sequence[Mapping[str, Any]], ranks: int, chats: Chats, work: P
     with tempfile.TemporaryDirectory(dir=work) as folder, ExitStack() as stack:
         place = Path(folder)
         (place / "request.json").write_text(json.dumps({"engines": engines, "chats": chats}))
-        ports = " ".join(map(str, free_ports(len(engines))))
+        ports = free_ports(len(engines))
+        stack.enter_context(removed_shared_memory(ports))
         processes, results = [], [place / f"{rank}.json" for rank in range(ranks)]
         for rank, target in enumerate(results):
             target.write_text("[]")
@@ -91,7 +91,7 @@ def _ask(engines: Sequence[Mapping[str, Any]], ranks: int, chats: Chats, work: P
                 "LOCAL_RANK": str(rank),
                 "WORLD_SIZE": str(ranks),
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORTS": ports,
+                "MASTER_PORTS": " ".join(map(str, ports)),
                 "OMP_NUM_THREADS": "1",
                 "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
                 "VLLM_CPU_KVCACHE_SPACE": "1",

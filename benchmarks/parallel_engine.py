@@ -16,6 +16,10 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+
+from vllm_plugin.engine_process import meet_at_ports
+
 
 def held(model: Any) -> int:
     """Bytes of parameters and buffers, each once."""
@@ -45,6 +49,7 @@ def main(request: dict[str, Any], target: Path) -> None:
     """Ask every engine; one that fails leaves its reason, and the next one is asked."""
     # vLLM collects garbage eight times an engine, all modules' objects too: half of the time of small ones.
     collect, gc.collect = gc.collect, lambda generation=2: 0
+    meet_at_ports()
     results: list[dict[str, Any]] = []
     for engine, port in zip(request["engines"], os.environ["MASTER_PORTS"].split(), strict=True):
         os.environ["MASTER_PORT"] = port

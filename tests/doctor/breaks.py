@@ -105,6 +105,11 @@ def split_list(folder: Path) -> None:
     change_quantization(folder, exclude=[*exclude, f"{LAYERS}0.mlp.up_proj"])
 
 
+def of_no_method(folder: Path) -> None:
+    """A method that no version of vLLM has."""
+    change_quantization(folder, quant_method="foo")
+
+
 def with_dead_rule(folder: Path) -> None:
     """A rule with a typing error."""
     exclude = read_config(folder)["quantization_config"]["exclude"]
@@ -163,6 +168,16 @@ def with_other_storage(folder: Path) -> None:
 def text_of(name: str, text: str) -> Callable[[Path], None]:
     """A break that replaces a file."""
     return lambda folder: (folder / name).write_text(text) and None
+
+
+def rewritten(name: str, **changes: Any) -> Callable[[Path], None]:
+    """A break that changes keys of a JSON file."""
+
+    def change(folder: Path) -> None:
+        path = folder / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
 
 
 def leftovers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

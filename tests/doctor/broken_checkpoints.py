@@ -18,7 +18,9 @@ from doctor.breaks import (
     in_float16,
     leftovers,
     lost,
+    of_no_method,
     restored,
+    rewritten,
     rounded,
     shifted_index,
     split_list,
@@ -35,7 +37,7 @@ from doctor.breaks import (
     without_config,
     wrongly_listed,
 )
-from restore.damage import load
+from restore.damage import load, read_config, store, write_config
 from safetensors.torch import save_file
 from vllm_plugin import checkpoints, exl3_checkpoints
 from vllm_plugin import fp8_checkpoints as fp8
@@ -63,8 +65,26 @@ def write_good(folder: Path) -> dict[str, Path]:
     good["fp8-channels"] = fp8.reconfigured(channels, fp8.compressed_tensors(fp8.linears_outside(SMALL / "dense")))
     good["int8-text"] = checkpoints.text_only(good["int8-dense"], folder / "int8-text")
     good["int8-fused"] = checkpoints.edit(good["int8-moe"], folder / "int8-fused", checkpoints.fuse_experts)
+    good["compressed-tower"] = _with_tower(good["int8-dense"], folder / "compressed-tower")
     good["int8-sharded"] = _sharded(good["int8-dense"], folder / "int8-sharded")
     return good
+
+
+def _with_tower(source: Path, target: Path) -> Path:
+    """In llm-compressor's words, which vLLM reads for the vision tower, too: that is quantized as well."""
+    shutil.copytree(source, target)
+    rounded(TOWER)(target)
+    tensors = load(target)
+    scales = {name: tensor[:, None] for name, tensor in tensors.items() if name.endswith("weight_scale")}
+    store(target, tensors | scales)
+    int8 = {"num_bits": 8, "type": "int", "symmetric": True}
+    weights, inputs = {**int8, "strategy": "channel", "dynamic": False}, {**int8, "strategy": "token", "dynamic": True}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
+    ignored = ["lm_head", "model.embed_vision.embedding_projection", "model.vision_tower.patch_embedder.input_proj"]
+    quantization = {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"g": group},
+                    "quantization_status": "compressed", "ignore": ignored}  # fmt: skip
+    write_config(target, {**read_config(target), "quantization_config": quantization})
+    return target
 
 
 def _sharded(source: Path, target: Path) -> Path:
@@ -165,11 +185,18 @@ BROKEN: dict[str, Broken] = {
     "bf16-no-template": Broken("bf16-dense", lost(TEMPLATE), _both("missing-chat-template", WRONG)),
     "bf16-stale-template": Broken("bf16-dense", text_of(TEMPLATE, "<|turn>{{ tools }}"),
                                   _both("stale-chat-template", WRONG)),
+    "bf16-stale-processor": Broken("bf16-dense", rewritten("processor_config.json", image_seq_length=280),
+                                   _both("stale-processor", WRONG)),
+    "bf16-stale-tokenizer": Broken("bf16-dense", rewritten("tokenizer_config.json", padding_side="right"),
+                                   _both("stale-tokenizer", WRONG)),
+    "bf16-stale-generation": Broken("bf16-dense", rewritten("generation_config.json", eos_token_id=1),
+                                    _both("stale-generation-config", WRONG)),
     "bf16-gemma3-template": Broken("bf16-dense", text_of(TEMPLATE, "<start_of_turn>{{ tools }}"),
                                    _both("wrong-chat-template", WRONG)),
     "bf16-bad-template": Broken("bf16-dense", text_of(TEMPLATE, "<|turn>{% if %}"), _both("bad-chat-template", WRONG)),
     "bf16-toolless": Broken("bf16-dense", text_of(TEMPLATE, "<|turn>"), _both("no-tools-in-template", NOTE)),
-    # Types.
+    # Types and methods.
+    "int8-no-method": Broken("int8-dense", of_no_method, _both("unsupported", FAILS)),
     "int8-float16": Broken("int8-dense", in_float16, {PLUGIN: ("float16", FAILS)}),
     "bf16-float16": Broken("bf16-dense", in_float16, _both("float16", WRONG)),
     # EXL3.

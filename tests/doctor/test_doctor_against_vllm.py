@@ -25,8 +25,8 @@ from vllm_gemma4q.doctor.subject import open_subject
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-GOOD = ("bf16-dense", "bf16-moe", "int8-dense", "int8-moe", "int8-text", "int8-fused", "int8-sharded", "fp8-dense",
-        "fp8-moe", "fp8-channels", "exl3-dense", "exl3-moe")  # fmt: skip
+GOOD = ("bf16-dense", "bf16-moe", "int8-dense", "int8-moe", "int8-text", "int8-fused", "int8-sharded",
+        "compressed-tower", "fp8-dense", "fp8-moe", "fp8-channels", "exl3-dense", "exl3-moe")  # fmt: skip
 # Warnings of what the engine computes wrong; others are of memory, float16's range or chats.
 SILENT = {"missing-scale", "fused-disagree", "list-misses", "missing-tensor", "missing-shard", "shape-mismatch"}
 UNLOADED = {"bf16-no-values", "bf16-no-norm", "bf16-no-scalar"}

@@ -19,8 +19,8 @@ from vllm_gemma4q.doctor.engines import Device, parse_engine
 from vllm_gemma4q.doctor.subject import open_subject
 
 VERDICTS = {"error": Verdict.FAILS, "warning": Verdict.DEGRADED, "note": Verdict.LOADS}
-GOOD = ("bf16-dense", "bf16-moe", "int8-dense", "int8-moe", "int8-text", "int8-fused", "int8-sharded", "fp8-dense",
-        "fp8-moe", "fp8-channels", "exl3-dense", "exl3-moe")  # fmt: skip
+GOOD = ("bf16-dense", "bf16-moe", "int8-dense", "int8-moe", "int8-text", "int8-fused", "int8-sharded",
+        "compressed-tower", "fp8-dense", "fp8-moe", "fp8-channels", "exl3-dense", "exl3-moe")  # fmt: skip
 
 
 def examine(folder, engine, base=None):

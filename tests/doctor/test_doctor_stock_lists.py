@@ -6,7 +6,15 @@ import pytest
 from synthetic import CONFIG_26B_A4B, CONFIG_31B, shapes, small_config
 
 from vllm_gemma4q.architecture import EXPERT_SHARDS, FUSED_SHARDS, parse_text_architecture
-from vllm_gemma4q.doctor.stock import Decision, StockList, engine_name, modules
+from vllm_gemma4q.doctor.stock import (
+    DEPRECATED_METHODS,
+    QUANTIZATION_METHODS,
+    Decision,
+    StockList,
+    engine_name,
+    method_of,
+    modules,
+)
 
 MAPPING = {name: list(shards) for name, shards in FUSED_SHARDS.items()}
 LAYERS = "model.language_model.layers."
@@ -107,3 +115,25 @@ def test_every_kind_of_decision_occurs():
 def test_text_only_names():
     assert engine_name("model.language_model.layers.0.mlp.down_proj", False) == "model.layers.0.mlp.down_proj"
     assert engine_name("model.layers.0.mlp.down_proj", False) == "model.layers.0.mlp.down_proj"
+
+
+def test_methods_are_vllms():
+    from typing import get_args
+
+    import vllm
+    from vllm.model_executor.layers.quantization import DEPRECATED_QUANTIZATION_METHODS, QuantizationMethods
+
+    if not vllm.__version__.startswith("0.32."):
+        pytest.skip(f"the list is vLLM 0.32's, this is {vllm.__version__}")
+    assert set(get_args(QuantizationMethods)) == QUANTIZATION_METHODS  # without what plugins have added
+    assert set(DEPRECATED_QUANTIZATION_METHODS) == DEPRECATED_METHODS
+
+
+def test_names_of_methods_are_read_as_vllm_reads_them():
+    from vllm.model_executor.layers.quantization.inc import INCConfig
+
+    assert INCConfig.override_quantization_method({"quant_method": "auto-round"}, None) == "inc"
+    assert method_of({"quant_method": "auto-round"}) == "inc"
+    assert method_of({"quant_method": "compressed_tensors"}) == "compressed-tensors"
+    assert method_of({"quant_method": "FP8"}) == "fp8"
+    assert method_of({}) == "" and method_of({"quant_method": ["fp8"]}) is None

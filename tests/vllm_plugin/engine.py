@@ -14,7 +14,7 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,8 +98,11 @@ def ask_ranks(requests: Sequence[Request], ranks: int = 2) -> list[Answers]:
     """
     settings = {"tensor_parallel_size": ranks, "distributed_executor_backend": "external_launcher"}
     shared = engine_environment() | IN_PROCESS | {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORTS": " ".join(map(str, free_ports(len(requests)))), "OMP_NUM_THREADS": "1"}
-    return _run(requests, [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)], settings)
+    ports = free_ports(len(requests))
+    shared |= {"MASTER_PORTS": " ".join(map(str, ports)), "OMP_NUM_THREADS": "1"}
+    environments = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    with removed_shared_memory(ports):
+        return _run(requests, environments, settings)
 
 
 def engine_environment(tensor_parallel_size: int = 1) -> dict[str, str]:
@@ -122,6 +125,17 @@ def free_ports(count: int) -> list[int]:
         for probe in probes:
             probe.bind(("127.0.0.1", 0))
         return [probe.getsockname()[1] for probe in probes]
+
+
+@contextlib.contextmanager
+def removed_shared_memory(ports: Sequence[int]) -> Iterator[None]:
+    """What ranks that met at these ports, and did not end as vLLM ends them, left in memory; gone after the block."""
+    try:
+        yield
+    finally:
+        for port in ports:
+            for path in Path("/dev/shm").glob(f"{port}-*cpushm_*"):
+                path.unlink()
 
 
 def _run(requests: Sequence[Request], environments: Sequence[dict[str, str]], engine: dict[str, Any]) -> list[Answers]:

@@ -18,6 +18,8 @@ def main(requests_path: Path, answers_path: Path) -> None:
     collect = only_ours()
     arrays: dict[str, np.ndarray] = {}
     ports = os.environ.get("MASTER_PORTS", "").split()
+    if ports:
+        meet_at_ports()
     for index, request in enumerate(json.loads(requests_path.read_text())):
         if ports:
             os.environ["MASTER_PORT"] = ports[index]
@@ -25,6 +27,19 @@ def main(requests_path: Path, answers_path: Path) -> None:
         arrays |= {f"{index}/{name}": array for name, array in answer(request).items()}
         collect()
     np.savez(answers_path, **arrays)
+
+
+def meet_at_ports() -> None:
+    """Ranks that were started from outside meet at MASTER_PORT in so many words. vLLM names shared memory after the
+    address, and with "env://" all such engines of a machine would have the same."""
+    from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+
+    def address(self: Any) -> tuple[str, int, int]:
+        names = ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK")
+        host, port, rank, local_rank = (os.environ[name] for name in names)
+        return f"tcp://{host}:{port}", int(rank), int(local_rank)
+
+    ExecutorWithExternalLauncher._distributed_args = address
 
 
 def only_ours() -> Callable[[], None]:

@@ -34,7 +34,11 @@ def command(
     expert_parallel: Annotated[bool, typer.Option("-ep", help="With expert parallelism.")] = False,
     device: Annotated[Device, typer.Option(help="Where the engine will run.")] = Device.GPU,
     base: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="The checkpoint it was made from: compares chat templates.")
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="The checkpoint it was made from: compares chat template, tokenizer, processor and generation files.",
+        ),
     ] = None,
     overrides: Annotated[
         Path | None,

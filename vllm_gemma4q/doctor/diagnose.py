@@ -10,7 +10,19 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm_gemma4q.doctor.checks import amx, coverage, exl3, folder, lists, parallel, scales, shapes, sidecars, support
+from vllm_gemma4q.doctor.checks import (
+    against_base,
+    amx,
+    coverage,
+    exl3,
+    folder,
+    lists,
+    parallel,
+    scales,
+    shapes,
+    sidecars,
+    support,
+)
 from vllm_gemma4q.doctor.engines import Engine
 from vllm_gemma4q.doctor.finding import Finding, Severity
 from vllm_gemma4q.doctor.subject import Subject, open_subject
@@ -20,7 +32,8 @@ if TYPE_CHECKING:  # what reads GGUF takes 100 MB of memory: only where there is
 
 Check = Callable[[Subject, Engine], Iterator[Finding]]
 CHECKS: tuple[Check, ...] = tuple(
-    module.check for module in (folder, support, shapes, scales, lists, exl3, coverage, parallel, amx, sidecars)
+    module.check
+    for module in (folder, support, shapes, scales, lists, exl3, coverage, parallel, amx, sidecars, against_base)
 )
 _ORDER = list(Severity)
 

@@ -22,7 +22,19 @@ from vllm_gemma4q.name_patterns import compile_pattern
 
 QUARK, FP8, COMPRESSED_TENSORS = "quark", "fp8", "compressed-tensors"
 METHODS = (QUARK, FP8, COMPRESSED_TENSORS)
-_TOWER_MULTIPLE = 64  # of both sizes of the vision tower, for methods other than compressed-tensors
+# Every name that vLLM 0.32 knows; bitsandbytes and gguf, which other versions know, are not among them.
+QUANTIZATION_METHODS = frozenset({
+    "auto_awq", "auto_gptq", "awq", "awq_marlin", "compressed-tensors", "deepseek_v4_fp8", "experts_int8",
+    "fbgemm_fp8", "fp8", "fp8_per_block", "fp8_per_channel", "fp8_per_tensor", "fp_quant", "gpt_oss_mxfp4", "gptq",
+    "gptq_marlin", "humming", "inc", "int8_per_channel_weight_only", "modelopt", "modelopt_fp4", "modelopt_mixed",
+    "modelopt_mxfp8", "moe_wna16", "mxfp4", "mxfp8", "nvfp4_per_token", "online", "quark", "torchao",
+})  # fmt: skip
+DEPRECATED_METHODS = frozenset({"fbgemm_fp8", "fp_quant"})  # which it refuses unless it is told not to
+_ALIASES = {"auto-round": "inc"}  # by which checkpoints name a method
+_TOWER_ROLES = frozenset({Role.VISION, Role.EMBED_VISION, Role.AUDIO})
+_TOWER_LINEAR = re.compile(r"(?:_proj(?:ection)?|linear)\.(?:weight|weight_packed|qweight)$")
+_ANY_SIZE = frozenset({"bitsandbytes", "torchao", COMPRESSED_TENSORS})  # methods that quantize any tower
+_TOWER_MULTIPLE = 64  # of both sizes of the vision tower, for all others
 _TEXT_ROOT, _ENGINE_ROOT = "model.language_model.", "language_model.model."
 # In the order in which they are applied, each to the result of those before it.
 _PREFIXES = (
@@ -96,25 +108,42 @@ def modules(architecture: TextArchitecture, config: Mapping[str, Any], names: Se
             yield Module(f"{engine_root}{prefix}experts", (f"{root}{prefix}experts",))
     if architecture.per_layer_input_size:
         yield Module(f"{engine_root}per_layer_model_projection", (f"{root}per_layer_model_projection",))
-    if is_multimodal and _quantizes_towers(config):
-        for name in names:
-            if role_of(name) in (Role.VISION, Role.EMBED_VISION) and re.search(
-                r"_proj(?:ection)?(?:\.linear)?\.weight$", name
-            ):
-                module = name.removesuffix(".weight")
-                yield Module(engine_name(module, is_multimodal), (module,))
+    for name in names:
+        if is_tower_linear(name, config):
+            module = name.rpartition(".")[0]
+            yield Module(engine_name(module, is_multimodal), (module,))
 
 
 def _fused(engine_root: str, root: str, prefix: str, fused: str, shards: Sequence[str]) -> Module:
     return Module(f"{engine_root}{prefix}{fused}", tuple(f"{root}{prefix}{shard}" for shard in shards))
 
 
+def is_tower_linear(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor is the weight of a tower's linear that vLLM asks a method for, as of the language model's."""
+    if "text_config" not in config or _TOWER_LINEAR.search(name) is None or not _quantizes_towers(config):
+        return False
+    role = role_of(name)
+    return role in _TOWER_ROLES and (role is not Role.AUDIO or bool(config.get("audio_config")))
+
+
 def _quantizes_towers(config: Mapping[str, Any]) -> bool:
     vision, quantization = config.get("vision_config") or {}, config.get("quantization_config") or {}
-    if quantization.get("quant_method") == COMPRESSED_TENSORS or not isinstance(vision, Mapping):
+    if method_of(quantization) in _ANY_SIZE or not isinstance(vision, Mapping):
         return True
     sizes = [vision.get("hidden_size"), vision.get("intermediate_size")]
     return all(isinstance(size, int) and size % _TOWER_MULTIPLE == 0 for size in sizes)
+
+
+def method_of(quantization: Mapping[str, Any]) -> str | None:
+    """`quant_method` as vLLM reads it, whether it knows it or not; None where it is no text.
+
+    Empty where there is none: vLLM takes that for a checkpoint that is not quantized.
+    """
+    method = quantization.get("quant_method", "")
+    if not isinstance(method, str):
+        return None
+    method = method.lower().replace("compressed_tensors", COMPRESSED_TENSORS)
+    return _ALIASES.get(method, method)
 
 
 class StockList:

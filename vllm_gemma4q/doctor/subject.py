@@ -29,6 +29,8 @@ from vllm_gemma4q.quark_int8.scheme import is_w8a8_int8
 from vllm_gemma4q.restore.formats import METHODS
 
 CODES = frozenset({"I8", "F8_E4M3", "F8_E5M2"})
+# Ends of the names of weights of which an element holds several: compressed-tensors', and GPTQ's and AWQ's.
+PACKED = (".weight_packed", ".qweight")
 
 
 class Scheme(StrEnum):

@@ -10,7 +10,7 @@ from vllm_gemma4q.architecture import EXPERT_SHARDS
 from vllm_gemma4q.doctor.engines import Engine
 from vllm_gemma4q.doctor.finding import Finding, Severity, about
 from vllm_gemma4q.doctor.stock import METHODS, Decision, Module, StockList, engine_name, modules
-from vllm_gemma4q.doctor.subject import Scheme, Subject
+from vllm_gemma4q.doctor.subject import PACKED, Scheme, Subject
 from vllm_gemma4q.fp8_static import facts as fp8
 from vllm_gemma4q.fp8_static.ignore import IgnoreList
 from vllm_gemma4q.module_headers import FLOATS, is_one_expert
@@ -78,9 +78,10 @@ def _stored(subject: Subject, module: Module) -> bool | None:
     """Whether the file has a module quantized; None where it has nothing, or some of each."""
     kinds = set()
     for shard in module.shards:
-        names = [f"{shard}.weight", f"{shard}.weight_packed"]
+        leaves = (".weight", *PACKED)
+        names = [shard + leaf for leaf in leaves]
         if module.is_experts:
-            names = [f"{shard}.0.{name}.weight" for name in EXPERT_SHARDS]
+            names = [f"{shard}.0.{name}{leaf}" for name in EXPERT_SHARDS for leaf in leaves]
             names += [f"{shard}.{name}{leaf}" for name in ("gate_up_proj", "down_proj") for leaf in ("", ".weight")]
         kinds |= {subject.tensors[name].dtype not in FLOATS for name in names if name in subject.tensors}
     return kinds.pop() if len(kinds) == 1 else None

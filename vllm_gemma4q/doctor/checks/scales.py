@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from vllm_gemma4q.architecture import FUSED_SHARDS, LINEAR_ROLES, Role
 from vllm_gemma4q.doctor.engines import EXLLAMAV3, Engine
 from vllm_gemma4q.doctor.finding import Finding, Severity, about
-from vllm_gemma4q.doctor.subject import CODES, Scheme, Subject
+from vllm_gemma4q.doctor.stock import is_tower_linear
+from vllm_gemma4q.doctor.subject import CODES, PACKED, Scheme, Subject
 from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.fp8_static.facts import Facts as Fp8Facts
 from vllm_gemma4q.module_headers import FLOATS, fused_expert_part
@@ -18,7 +19,7 @@ from vllm_gemma4q.restore.names import canonical, is_weight
 _SCALE = re.compile(
     r"(?:[._](?:weight_scale|weight_scale_inv|input_scale|act_scale)|\.(?:gate_up_proj|down_proj)_scale)$"
 )
-_LEAVES = (".weight", ".trellis", ".weight_packed")
+_LEAVES = (".weight", ".trellis", *PACKED)
 
 
 def check(subject: Subject, engine: Engine) -> Iterator[Finding]:
@@ -37,7 +38,7 @@ def _never_quantized(subject: Subject, engine: Engine) -> Iterator[Finding]:
     for name, tensor in subject.tensors.items():
         role = subject.roles[name]
         is_rounded = (tensor.dtype in CODES and name.endswith(".weight")) or name.endswith(_LEAVES[1:])
-        if is_rounded and role not in LINEAR_ROLES and not _is_mended(subject, role, name, engine):
+        if is_rounded and not _has_scales(subject, name, engine) and not _is_mended(subject, role, name, engine):
             by_role.setdefault(role, []).append(name)
     for role, names in by_role.items():
         dtype = subject.tensors[names[0]].dtype
@@ -45,6 +46,16 @@ def _never_quantized(subject: Subject, engine: Engine) -> Iterator[Finding]:
         yield from about(
             "never-quantized", Severity.ERROR, names, dtype, "BF16, as in the original", reason, subject.restore
         )
+
+
+def _has_scales(subject: Subject, name: str, engine: Engine) -> bool:
+    """Whether the engine has a place for a weight's scales: in layers, and where vLLM quantizes towers or the head."""
+    if subject.roles[name] in LINEAR_ROLES:
+        return True
+    if not engine.is_vllm or (engine.has_plugin and subject.is_claimed):
+        return False
+    is_gptq_head = name == "lm_head.qweight" and bool(subject.quantization.get("lm_head"))
+    return is_gptq_head or is_tower_linear(name, subject.config)
 
 
 def _is_mended(subject: Subject, role: Role, name: str, engine: Engine) -> bool:
@@ -73,7 +84,8 @@ def _missing(subject: Subject, engine: Engine) -> Iterator[Finding]:
     names = {canonical(name): tensor for name, tensor in subject.tensors.items()}
     missing: dict[str, list[str]] = {}
     for name, tensor in names.items():
-        if subject.roles[tensor.name] in LINEAR_ROLES and is_weight(name) and tensor.dtype in CODES:
+        is_rounded = tensor.dtype in CODES or name.endswith(PACKED)
+        if is_rounded and is_weight(name) and _has_scales(subject, tensor.name, engine):
             scale = form.missing(name, names)
             if scale is not None:
                 missing.setdefault(scale, []).append(tensor.name)

@@ -15,11 +15,11 @@ from vllm_gemma4q.architecture import (
 )
 from vllm_gemma4q.doctor.engines import Engine
 from vllm_gemma4q.doctor.finding import Finding, Severity, about
-from vllm_gemma4q.doctor.subject import CODES, Subject
+from vllm_gemma4q.doctor.subject import CODES, PACKED, Subject
 from vllm_gemma4q.module_headers import FLOATS, relative_name
 
 _PARALLEL = frozenset({"o_proj", "down_proj", *(shard for shards in FUSED_SHARDS.values() for shard in shards)})
-_PACKED = (".trellis", ".weight_packed")
+_PACKED = (".trellis", *PACKED)
 _LAYER = re.compile(r"layers\.([0-9]+)\.")
 
 

@@ -1,4 +1,4 @@
-"""Tokenizer, processor and generation files, and the chat template.
+"""Tokenizer, processor and generation files, and the chat template; `against_base.py` compares the former with a base.
 
 Not done: whether a template renders what the model was trained on; without `--base` only defects that show in its text
 are found.
@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, TemplateSyntaxError
+from jinja2 import Environment, TemplateSyntaxError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 
 from vllm_gemma4q.checkpoint.header import read_json
 from vllm_gemma4q.doctor.engines import EXLLAMAV3, Device, Engine
@@ -21,6 +23,16 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 _PROCESSORS = ("processor_config.json", "preprocessor_config.json")
 _MAX_TEMPLATE = 1_000_000
 _TURN, _GEMMA3_TURN = "<|turn>", "<start_of_turn>"
+
+
+class _Generation(Extension):
+    """`{% generation %} .. {% endgeneration %}`, by which transformers and vLLM mark what the assistant said."""
+
+    tags = {"generation"}  # noqa: RUF012  # as Jinja declares it
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        tag = next(parser.stream)
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=tag.lineno)
 
 
 def check(subject: Subject, engine: Engine) -> Iterator[Finding]:
@@ -77,7 +89,7 @@ def _problem(template: str) -> str | None:
     if len(template) > _MAX_TEMPLATE:
         return f"{len(template):,} characters"
     try:
-        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        Environment(extensions=["jinja2.ext.loopcontrols", _Generation]).parse(template)
     except TemplateSyntaxError as error:
         return f"a syntax error in line {error.lineno} ({error.message})"
     except (RecursionError, ValueError) as error:  # brackets without end, a number of 5,000 digits

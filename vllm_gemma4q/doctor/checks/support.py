@@ -9,6 +9,7 @@ from vllm_gemma4q.architecture import EXPERTS_PER_LAYER, Role
 from vllm_gemma4q.doctor.checks.amx import cpu_has_amx
 from vllm_gemma4q.doctor.engines import EXLLAMAV3, LLAMA_CPP, Device, Engine
 from vllm_gemma4q.doctor.finding import Finding, Severity
+from vllm_gemma4q.doctor.stock import DEPRECATED_METHODS, METHODS, QUANTIZATION_METHODS, method_of
 from vllm_gemma4q.doctor.subject import CODES, Scheme, Subject
 from vllm_gemma4q.fp8_static.facts import Facts as Fp8Facts
 from vllm_gemma4q.module_headers import fused_expert_part
@@ -60,6 +61,7 @@ def _float16(subject: Subject, engine: Engine) -> Iterator[Finding]:
 
 
 def _plugin(subject: Subject, engine: Engine) -> Iterator[Finding]:
+    yield from _method(subject)
     facts = subject.facts
     if engine.device is Device.GPU and isinstance(facts, Fp8Facts) and facts.channel_experts:
         yield _no_code(f"{subject.architecture.root}{min(facts.channel_experts)}", "one weight scale a row with static "
@@ -71,6 +73,7 @@ def _stock(subject: Subject, engine: Engine) -> Iterator[Finding]:
     if subject.scheme is Scheme.EXL3:
         yield _no_code("quant_method", "exl3", "a method of vLLM's", "vLLM has no EXL3", serve)
         return
+    yield from _method(subject)
     text = subject.config.get("text_config", subject.config)
     if len(set(text.get(EXPERTS_PER_LAYER) or ())) > 1:
         found = "layers of different numbers of experts"
@@ -81,6 +84,24 @@ def _stock(subject: Subject, engine: Engine) -> Iterator[Finding]:
         yield _no_code(fused[0], "fused quantized experts", "one by one", reason, serve)
     if engine.device is Device.CPU:
         yield from _stock_on_cpu(subject, engine, serve)
+
+
+def _method(subject: Subject) -> Iterator[Finding]:
+    """Methods that are left to vLLM: what it does not know, and what nothing here knows."""
+    if subject.scheme is not Scheme.OTHER:
+        return
+    method, found = method_of(subject.quantization), str(subject.quantization.get("quant_method"))
+    if method is None or (method and method not in QUANTIZATION_METHODS):
+        reason = "vLLM stops at a method that it does not know"
+        yield _no_code("quant_method", found, "a method of vLLM's", reason, subject.requantize)
+    elif method in DEPRECATED_METHODS:
+        reason = "vLLM is about to drop the method, and stops unless it is told to go on"
+        fix = f"vllm serve {subject.path} --allow-deprecated-quantization"
+        yield _no_code("quant_method", found, "a method that stays", reason, fix)
+    elif method not in METHODS:
+        expected = f"one that is checked: {', '.join(METHODS)} or exl3"
+        reason = "vLLM may load it; its scales and its list of modules are not checked here"
+        yield Finding("not-checked", Severity.NOTE, "quant_method", found, expected, reason)
 
 
 def _stock_on_cpu(subject: Subject, engine: Engine, serve: str) -> Iterator[Finding]:
