@@ -4,9 +4,10 @@
 
 Each checkpoint (see `served_schemes.py`) is loaded by vLLM on this machine's CPU on 1, 2 and 4 ranks of tensor
 parallelism, mixtures also with expert parallelism (EP); ranks are processes that share the cores there are, and stay
-for all checkpoints of as many ranks (`parallel_engine.py`). Asked: eight questions, greedily, in float32 (INT8 in bfloat16, the only type it takes on CPUs),
-compared with those of one rank; noted: bytes of parameters and buffers on each rank. Beside it what `gemma4q doctor`
-says of as many ranks: where it disagrees with what the engine did, the exit code is 1.
+for all checkpoints of as many ranks (`parallel_engine.py`). Asked: eight questions, greedily, in float32 (INT8 in
+bfloat16, the only type it takes on CPUs), compared with those of one rank; noted: bytes of parameters and buffers on
+each rank. Beside it what `gemma4q doctor` says of as many ranks: where it disagrees with what the engine did, the exit
+code is 1.
 Results go to benchmarks/results/parallel.json and, as a table for docs/serve.md, to stdout.
 """
 
