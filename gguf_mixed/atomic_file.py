@@ -9,7 +9,7 @@ import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from gguf_mixed.errors import InputError
@@ -50,6 +50,17 @@ def check_place(path: Path) -> None:
     """
     with refusals(path), exclusive(path) as partial:
         partial.unlink()
+
+
+def check_not_read(path: Path, inputs: Iterable[Path | str]) -> None:
+    """Refuse to put a result in the place of a file that the same command reads; names that are no files are passed.
+
+    Raises:
+        InputError: `path` is one of them.
+    """
+    for source in map(Path, inputs):
+        if path.exists() and source.exists() and path.samefile(source):
+            raise InputError(f"{path.name}: is read and would be written over: another name")
 
 
 def write_file(path: Path, content: str | bytes) -> None:

@@ -5,7 +5,7 @@ Not done: continuing an earlier one (`llama-imatrix --in-file`), the legacy form
 
 from pathlib import Path
 
-from gguf_mixed.atomic_file import replacing
+from gguf_mixed.atomic_file import check_not_read, replacing
 from gguf_mixed.errors import InputError
 from gguf_mixed.imatrix import Imatrix
 from gguf_mixed.imatrix_gguf import read_imatrix
@@ -42,12 +42,14 @@ def compute_imatrix(
         log: gets every line printed.
 
     Raises:
-        InputError: too little text, llama-imatrix fails or knows no such option, or its file does not fit the model.
+        InputError: too little text, llama-imatrix fails or knows no such option, its file does not fit the model, or
+            `output` is one of the files that are read.
     """
     most = MOST_CHUNKS if chunks is None else chunks
     if most < 1 or context < 1:
         raise InputError(f"{most} chunks of {context} tokens: at least one of each is needed")
     inventory = read_inventory(model)
+    check_not_read(output, [*(header.path for header in inventory.headers), text])
     command = [str(tool), "-m", str(model), "-f", str(text), "--chunks", str(most), "--no-ppl"]
     command += ["--ctx-size", str(context), "--batch-size", str(context)]
     command += ["--process-output"] if process_output else []

@@ -179,5 +179,5 @@ def _in_folder(name: str, folder: Path) -> Path | None:
     for subfolder in _SUBFOLDERS:
         found = shutil.which(name, path=folder / subfolder)
         if found:
-            return Path(found)
+            return Path(found).absolute()  # "./NAME" is NAME once it is a Path, and would be looked for on PATH
     return None

@@ -26,10 +26,11 @@ from gguf_mixed.perplexity import divergence
 from gguf_mixed.quantize import partial_path
 from gguf_mixed.sidecar import write_plan
 from gguf_mixed.sweep_results import Entry, Results
-from gguf_mixed.sweep_tiers import Planned, Planner, Tier
+from gguf_mixed.sweep_tiers import STOCK, Planned, Planner, Tier
 from gguf_mixed.tensors import read_inventory
 
 BASE_NAME = "base.kld"
+_MEASURING = ".measuring.gguf"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ def pending_tiers(folder: Path, tiers: Sequence[Tier], results: Results, evaluat
     def done(tier: Tier) -> bool:
         entry = results.tiers.get(tier.name)
         if entry is None:
-            return not tier.asked and tier.name in results.skipped
+            # A stock mix may have lacked llama-quantize, which may be there now.
+            return not tier.asked and tier.name in results.skipped and not tier.recipe.startswith(STOCK)
         if evaluation is None:
             return True
         return entry["measured"] is not None and (not evaluation.keep or _model_path(folder, tier).exists())
@@ -139,6 +141,8 @@ def _enter(
 def _measure(folder: Path, planned: Planned, evaluation: Evaluation, base: Path) -> dict[str, Any]:
     """Write, verify, compare and remove one tier's file; its digest, the figures, and how long it took."""
     output = _model_path(folder, planned.tier)
+    if not evaluation.keep:  # a file that the user has made of the same table stays
+        output = output.with_suffix(_MEASURING)
     table = _table_path(folder, planned.tier)
     write_plan(table, planned.job.table, planned.sidecar)
     started = time.perf_counter()
@@ -150,7 +154,7 @@ def _measure(folder: Path, planned: Planned, evaluation: Evaluation, base: Path)
     written = time.perf_counter()
     try:
         found = divergence(evaluation.comparison.tool, output, base, threads=evaluation.comparison.threads)
-        model = named(output, model_sha256(read_inventory(output)))
+        model = named(_model_path(folder, planned.tier), model_sha256(read_inventory(output)))
     finally:
         if not evaluation.keep:
             output.unlink()

@@ -23,6 +23,7 @@ from gguf_mixed.sidecar import describe
 from gguf_mixed.solver import Constraints
 
 OPTIMAL = "optimal"
+STOCK = "stock-"
 NO_TIERS = "none"
 DEFAULT_BPW = (3.0, 3.25, 3.5, 4.0, 4.5, 5.0, 6.0)
 DEFAULT_MIXES = ("iq3_xxs", "iq3_m", "q3_k_m", "iq4_xs", "q4_k_m", "q5_k_m", "q6_k")
@@ -74,7 +75,7 @@ def parse_tiers(recipes: str | None, bpw: str | None) -> list[Tier]:
     else:
         tiers = [_by_bpw(_number(text)) for text in _split(bpw)]
     if recipes is None:
-        tiers += [Tier(f"stock-{mix}", f"stock-{mix}", asked=False) for mix in DEFAULT_MIXES]
+        tiers += [Tier(f"{STOCK}{mix}", f"{STOCK}{mix}", asked=False) for mix in DEFAULT_MIXES]
     else:
         tiers += [_by_recipe(text) for text in _split(recipes)]
     if not tiers:
@@ -154,7 +155,7 @@ def _by_recipe(text: str) -> Tier:
     kind, at, like = text.partition("@")
     if at and kind == OPTIMAL:
         recipe = _known(like)
-        return Tier(f"{OPTIMAL}@{recipe.removeprefix('stock-')}", OPTIMAL, like=recipe)
+        return Tier(f"{OPTIMAL}@{recipe.removeprefix(STOCK)}", OPTIMAL, like=recipe)
     if text == OPTIMAL:
         raise InputError(f"--tiers {OPTIMAL}: at which size? {OPTIMAL}@stock-q4_k_m, or --bpw LIST")
     recipe = _known(text)
@@ -163,7 +164,7 @@ def _by_recipe(text: str) -> Tier:
 
 def _known(recipe: str) -> str:
     """The full name: stock mixes may be named as llama-quantize does."""
-    if recipe not in RECIPES and f"stock-{recipe}" in RECIPES:
-        return f"stock-{recipe}"
+    if recipe not in RECIPES and f"{STOCK}{recipe}" in RECIPES:
+        return f"{STOCK}{recipe}"
     find_recipe(recipe)
     return recipe

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from gguf_mixed.atomic_file import check_place
+from gguf_mixed.atomic_file import check_not_read, check_place
 from gguf_mixed.commands.output import AsJson, show
+from gguf_mixed.error_table import check_source
 from gguf_mixed.errors import InputError
 from gguf_mixed.fisher import write_fisher
 from gguf_mixed.samples import cut_samples, describe_text, is_framed, read_texts
@@ -30,6 +31,9 @@ def command(
     as_json: AsJson = False,
 ) -> None:
     """Measure how sensitive the model's output is to each weight: a few backward passes (needs its full memory)."""
+    inventory = read_inventory(model)
+    check_source(inventory, None)
+    check_not_read(output, [*(header.path for header in inventory.headers), *text])
     check_place(output)
     try:
         import torch
@@ -39,7 +43,6 @@ def command(
         raise InputError(f"{error.name}: not installed: pip install 'vllm-gemma4q[fisher]'") from error
     if threads:
         torch.set_num_threads(threads)
-    inventory = read_inventory(model)
     content = read_texts(text)
     loaded = backward.load(inventory, checkpoint)
     samples = cut_samples(loaded.tokenizer, content, passes, length, raw)

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gguf_mixed.atomic_file import check_not_read
 from gguf_mixed.commands.output import AsJson
 from gguf_mixed.errors import one_line
 from gguf_mixed.imatrix import Imatrix, ImatrixEntry
@@ -30,6 +31,7 @@ def command(
     """Show what an imatrix was computed on, and which experts it never saw; make one of calibration statistics."""
     imatrix = read_as_imatrix(file) if is_statistics(file) else read_imatrix(file)
     if write is not None:
+        check_not_read(write, [file])
         write_imatrix(imatrix, write)
     if as_json:
         print(json.dumps(_report(file, imatrix)))

@@ -14,7 +14,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from gguf_mixed.allocation import Measuring, check_feasible, describe_errors, error_table
-from gguf_mixed.atomic_file import check_place
+from gguf_mixed.atomic_file import check_not_read, check_place
 from gguf_mixed.commands import allocation_options as options
 from gguf_mixed.errors import InputError
 from gguf_mixed.measure import N_ROWS, Sampling
@@ -69,6 +69,7 @@ def command(
     if output.exists() and any(output.samefile(header.path) for header in inventory.headers):
         raise InputError(f"{output.name}: is the model itself")
     for path in (output, sidecar_path(output)):
+        check_not_read(path, [source for source in (imatrix, sensitivity) if source is not None])
         check_place(path)
     divergence: float | None = None
     errors: str | None = None

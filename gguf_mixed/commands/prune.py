@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
-from gguf_mixed.atomic_file import check_place
+from gguf_mixed.atomic_file import check_not_read, check_place
 from gguf_mixed.commands.output import AsJson
 from gguf_mixed.errors import InputError
 from gguf_mixed.imatrix import Imatrix
@@ -47,6 +47,7 @@ def command(
     source, sliced = _sliced_imatrix(prune, imatrix, imatrix_output)
     if not dry_run:
         _check_imatrix_output(model, output, imatrix, imatrix_output, overwrite)
+        check_not_read(output, [path for path in (drop_map, imatrix) if path is not None])
         check_output(prune, output, overwrite)
         _write(prune, output, sys.stderr.isatty())
         if sliced is not None and imatrix_output is not None:

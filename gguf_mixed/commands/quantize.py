@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 from gemma4q_kernels.ggml.quantize import Quantizers
 
+from gguf_mixed.atomic_file import check_not_read
 from gguf_mixed.commands.output import AsJson, show
 from gguf_mixed.engine import Engine, find_engine, prepare
 from gguf_mixed.imatrix_gguf import read_imatrix
@@ -55,6 +56,7 @@ def command(
     if dry_run:
         show(writing.description, report, as_json)
         return
+    check_not_read(output, [path for path in (overrides, imatrix) if path is not None])
     differences = writing.run(_say, overwrite=overwrite, progress=sys.stderr.isatty())
     if differences:
         show("\n".join(differences), report | {"differences": differences}, as_json)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from gguf_mixed.atomic_file import check_not_read
 from gguf_mixed.commands.output import AsJson, show
 from gguf_mixed.errors import InputError
 from gguf_mixed.fisher import read_fisher
@@ -19,6 +20,7 @@ def command(
     as_json: AsJson = False,
 ) -> None:
     """Write an imatrix whose channels weigh by how far they move the model's output, not by their energy alone."""
+    check_not_read(output, [imatrix, fisher])
     source = read_imatrix(imatrix)
     weighed, unchanged = weigh_imatrix(source, read_fisher(fisher))
     if len(unchanged) == len(source.entries):

@@ -54,7 +54,10 @@ def _dry_run(material: Material, mix: str) -> dict[str, GGMLQuantizationType]:
     options = ["--imatrix", str(material.imatrix_path)] if material.imatrix_path else []
     requantize = ["--allow-requantize"] if material.inventory.already_quantized else []
     command = [str(tool), "--dry-run", *requantize, *options, str(material.inventory.path), mix]
-    finished = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    try:
+        finished = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    except OSError as error:
+        raise InputError(f"{tool}: does not run: {error}") from error
     log = finished.stdout + finished.stderr
     found = {match["name"]: GGMLQuantizationType[match["type"].upper()] for match in _DRY_RUN_LINE.finditer(log)}
     if finished.returncode or not found:

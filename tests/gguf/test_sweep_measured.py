@@ -160,7 +160,7 @@ def test_a_file_that_is_not_as_planned_ends_the_sweep(arguments, tmp_path):
     finished = gguf_mixed(*arguments("dense", tmp_path / "out", "--bpw", "5", "--tiers", "none", "--llama-cpp", tools))
     assert (finished.returncode, finished.stdout) == (2, "")
     last = finished.stderr.splitlines()[-1]
-    assert last.startswith("error: ") and "optimal-5.gguf.partial: not as planned: tensor " in last
+    assert last.startswith("error: ") and "optimal-5.measuring.gguf.partial: not as planned: tensor " in last
     assert not (tmp_path / "out" / "results.json").exists()
 
 
@@ -171,3 +171,24 @@ def test_too_short_a_text_is_told_before_any_tier_is_written(arguments, tmp_path
     assert (finished.returncode, finished.stdout) == (2, "")
     assert "short.txt: too small" in finished.stderr.splitlines()[-1]
     assert not list(Path(tmp_path / "out").glob("*.gguf*")) and not (tmp_path / "out" / "base.kld").exists()
+
+
+def test_a_file_of_the_users_own_stays(arguments, tmp_path):
+    """Made of a table that an earlier sweep wrote, say."""
+    (tmp_path / "out").mkdir()
+    own = tmp_path / "out" / "optimal-5.gguf"
+    own.write_bytes(b"mine")
+    ok(*arguments("dense", tmp_path / "out", "--bpw", "5", "--tiers", "none"))
+    (entry,) = read(tmp_path / "out")["tiers"]
+    assert own.read_bytes() == b"mine" and list(own.parent.glob("*.gguf*")) == [own]
+    assert entry["model"]["name"] == own.name
+
+
+def test_stock_mixes_are_planned_once_llama_quantize_is_there(material, tmp_path):
+    model, *given = material("dense")
+    command = ["sweep", model, tmp_path / "out", *given, "--bpw", "5", "--json"]
+    without = json.loads(ok(*command, XDG_CACHE_HOME=str(tmp_path / "cache")).stdout)
+    assert "llama-quantize: not on PATH" in without["skipped"]["stock-q4_k_m"]
+    found = json.loads(ok(*command, "--llama-cpp", find_tool("llama-quantize").parent).stdout)
+    assert "stock-q4_k_m" in {entry["name"] for entry in found["tiers"]}
+    assert "stock-q4_k_m" not in found["skipped"]

@@ -210,7 +210,8 @@ def _is_type(traits: _TypeTraits, qtype: GGMLQuantizationType) -> bool:
 
 
 def _in_folders(folders: Iterable[Path]) -> list[Path]:
-    searched = [folder / subfolder for folder in folders for subfolder in _SUBFOLDERS]
+    # Absolute: the loader looks for a bare name among the system's libraries.
+    searched = [folder.absolute() / subfolder for folder in folders for subfolder in _SUBFOLDERS]
     named = ([folder / name for name in LIBRARY_NAMES if (folder / name).is_file()] for folder in searched)
     return [paths[0] for paths in named if paths]  # the others are links to it
 
