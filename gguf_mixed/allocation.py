@@ -12,6 +12,7 @@ from pathlib import Path
 from gemma4q_kernels.ggml import QUANTIZABLE_TYPES, GGMLQuantizationType, bits_per_weight
 
 from gguf_mixed.atomic_file import WriteError, check_place, refusals
+from gguf_mixed.error_cache import ErrorCache
 from gguf_mixed.error_table import ErrorRow, ErrorTable, Pins, check_source, usable_types
 from gguf_mixed.llama_cpp import cache_folder
 from gguf_mixed.measure import Sampling, load_quantizers, measure
@@ -149,8 +150,7 @@ def describe_errors(inventory: Inventory, sampling: Sampling) -> str:
 
 
 def _pins(inventory: Inventory, constraints: Constraints) -> Pins:
-    found = ((tensor.name, constraints.pin_of(tensor.name)) for tensor in quantizable(inventory))
-    return {name: qtype for name, qtype in found if qtype is not None}
+    return constraints.pins_of(tensor.name for tensor in quantizable(inventory))
 
 
 def _named_cache(path: Path) -> Path:
@@ -161,10 +161,12 @@ def _named_cache(path: Path) -> Path:
 
 
 def _default_cache(inventory: Inventory) -> Path | None:
-    """The user's cache; none, with a note, where that cannot be written, as in containers without a home."""
+    """The user's cache; none, with a note, where that cannot be written, as in containers without a home, or where
+    another run has it."""
     try:
         path = _named_cache(cache_folder().with_name("errors") / f"{header_sha256(inventory)[:16]}.jsonl")
         check_place(path)
+        ErrorCache(path).close()
     except WriteError as error:
         print(f"note: measured errors are not kept, unless with --cache FILE: {error}", file=sys.stderr)
         return None

@@ -7,7 +7,7 @@ counts with one over its chance, so the sum is unbiased. Tensors with no more ro
 others, slow types are measured on a quarter of the rows drawn, as a multiple of a fast one.
 
 Results are kept tensor by tensor in an `ErrorCache` under a digest of all that they depend on: weights (shape, type,
-first bytes), imatrix, sensitivity, sampling and library. Not done: sources that are already quantized.
+some bytes), imatrix, sensitivity, sampling and library. Not done: sources that are already quantized.
 """
 
 import contextlib
@@ -41,8 +41,8 @@ Integers = npt.NDArray[np.int64]
 
 N_ROWS = 64
 _ENERGY = "energy"  # beside the types: the same sum of the weights themselves
-_METHOD = 2  # raised when the same input comes to other sums, so that caches of before are not used
-_DIGESTED_BYTES = 65536
+_METHOD = 3  # raised when the same input comes to other sums, so that caches of before are not used
+_DIGESTED_BYTES, _DIGESTED_PIECES, _PIECE_BYTES = 65536, 64, 512
 # Types with codebooks quantize at 6 to 18 MB/s, others at 33 to 1000. They are measured on one sampled row in four, as
 # a multiple of a type that is measured on all: what differs most between rows is common to both.
 _SLOW, _SLOW_SHARE = "IQ", 4
@@ -194,6 +194,9 @@ class _Job:
         with tensor.path.open("rb") as file:
             file.seek(tensor.start)
             found.update(file.read(min(tensor.n_bytes, _DIGESTED_BYTES)))
+            for offset in _pieces(tensor):
+                file.seek(tensor.start + offset)
+                found.update(file.read(min(tensor.n_bytes - offset, _PIECE_BYTES)))
         for array in (self.weights, self.sensitivity.rows, self.sensitivity.columns):
             found.update(b"none" if array is None else repr(array.shape).encode() + array.tobytes())
         return found.hexdigest()
@@ -230,15 +233,22 @@ class _Job:
         for matrix, picked in chunks(rows, rows_of_matrix(self.tensor)):
             values = read_rows(self.tensor, rows[picked])
             column = np.ones(self.tensor.row_length, np.float32) if columns is None else columns[matrix]
-            weights = None if self.weights is None else self.weights[matrix]
             found[_ENERGY] += float(factors[picked] @ (values * values @ column))
             for qtype in types:
                 try:
-                    difference = quantizers.round_trip(values, qtype, weights) - values
+                    difference = quantizers.round_trip(values, qtype, self._weights_for(qtype, matrix)) - values
                 except ValueError as error:
                     raise InputError(f"tensor {self.tensor.name}: {error}") from error
                 found[qtype.name] += float(factors[picked] @ (difference * difference @ column))
         return found
+
+    def _weights_for(self, qtype: GGMLQuantizationType, matrix: int) -> Floats | None:
+        """Of columns. The type of the sensitivity's anchor may need some where there are none: all the same, then."""
+        if self.weights is None:
+            needed = self.tensor.requires_imatrix(qtype)
+            return np.ones(self.tensor.row_length, np.float32) if needed else None
+        weights: Floats = self.weights[matrix]
+        return weights
 
     def rows(self, sums: Sums) -> list[ErrorRow]:
         """Rows of the table from `sums`."""
@@ -258,6 +268,13 @@ class _Job:
         n_rows = self.tensor.n_elements // self.tensor.row_length
         rows = self.sensitivity.rows
         return np.ones(n_rows) if rows is None else rows.reshape(n_rows).astype(np.float64)
+
+
+def _pieces(tensor: Tensor) -> list[int]:
+    """Where a tensor is looked at: the start of each matrix, for experts come and go, and places between."""
+    matrices = (matrix * tensor.n_bytes // tensor.n_matrices for matrix in range(tensor.n_matrices))
+    between = (piece * tensor.n_bytes // _DIGESTED_PIECES for piece in range(_DIGESTED_PIECES))
+    return sorted({*matrices, *between})
 
 
 @dataclass(frozen=True)

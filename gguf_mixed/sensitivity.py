@@ -180,7 +180,7 @@ def measured_table(path: Path, force: bool = False) -> Sensitivity:
     at = min(table, key=bits_per_weight)
     if not force:
         _check_noise(path, table[at], floor)
-    nats = table[at]
+    nats = _above_noise(path, table[at], floor or {})
 
     def of(tensor: Tensor) -> TensorSensitivity:
         if tensor.name not in nats:
@@ -190,11 +190,20 @@ def measured_table(path: Path, force: bool = False) -> Sensitivity:
     return Sensitivity(f"measured at {at.name} ({path.name}{', noise not checked' if force else ''})", True, of)
 
 
+def _above_noise(path: Path, signal: Mapping[str, float], floor: Mapping[str, float]) -> dict[str, float]:
+    """A mean of noisy log-ratios may come out at zero or below, and no tensor is free: the least is the noise."""
+    noise = median(floor.values()) if floor else 0.0
+    least = noise or min((value for value in signal.values() if value > 0), default=0.0)
+    if not least:
+        raise InputError(f"{path.name}: no divergence is above zero")
+    return {name: max(value, least) for name, value in signal.items()}
+
+
 def _check_noise(path: Path, signal: Mapping[str, float], floor: Mapping[str, float] | None) -> None:
     if floor is None:
         raise InputError(f"{path.name}: no {_NOISE_TYPE.name} row: its noise cannot be told from its signal")
     middle, noise = median(signal.values()), median(floor.values())
-    if middle < NOISE_MARGIN * noise:
+    if middle <= NOISE_MARGIN * noise:
         raise InputError(
             f"{path.name}: median divergence {middle:.3g} at the coarsest type and {noise:.3g} at {_NOISE_TYPE.name}: "
             f"noise within {NOISE_MARGIN}x of the signal"
@@ -218,7 +227,6 @@ def _read_table(path: Path) -> dict[GGMLQuantizationType, dict[str, float]]:
             raise InputError(f"{path.name}: {error}") from error
         if qtype in table or len(values) != len(names):
             raise InputError(f"{path.name}: {line[0]}: {len(values)} values for {len(names)} tensors, or a second time")
-        # A mean of noisy log-ratios may come out just below zero.
         if not np.isfinite(values).all():
             raise InputError(f"{path.name}: {line[0]}: a divergence is not finite")
         table[qtype] = {name: max(value, 0.0) for name, value in zip(names, values, strict=True)}

@@ -6,7 +6,7 @@ Pure: a table and constraints in, an assignment out.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +14,7 @@ from gemma4q_kernels.ggml import GGMLQuantizationType, bits_per_weight
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 
-from gguf_mixed.error_table import ErrorRow, ErrorTable
+from gguf_mixed.error_table import ErrorRow, ErrorTable, Pins
 from gguf_mixed.errors import InputError
 from gguf_mixed.native_output import native_output_discarded
 
@@ -42,6 +42,11 @@ class Constraints:
     def pin_of(self, tensor: str) -> GGMLQuantizationType | None:
         """The type a tensor must have, None where it is free. Raises InputError: a pattern is no regular expression."""
         return next((qtype for pattern, qtype in self.pins.items() if _search(pattern, tensor)), None)
+
+    def pins_of(self, tensors: Iterable[str]) -> dict[str, GGMLQuantizationType]:
+        """`pin_of` every tensor that has one."""
+        found = ((tensor, self.pin_of(tensor)) for tensor in tensors)
+        return {tensor: qtype for tensor, qtype in found if qtype is not None}
 
 
 @dataclass(frozen=True)
@@ -78,29 +83,40 @@ class _Option:
     error: float
 
 
-def solve(table: ErrorTable, budget: int, constraints: Constraints | None = None) -> Assignment:
+def solve(
+    table: ErrorTable, budget: int, constraints: Constraints | None = None, pins: Pins | None = None
+) -> Assignment:
     """The assignment of least total error whose tensors take at most `budget` bytes.
+
+    Args:
+        pins: what the constraints' pins become, by tensor; None: as they are.
 
     Raises:
         BudgetError: the budget is below the least possible.
         InputError: no type is left for a tensor, or a pattern is not a regular expression or matches no tensor.
     """
-    units, options = _demanded(table, budget, constraints or Constraints())
+    units, options = _demanded(table, budget, constraints or Constraints(), pins)
     chosen, gap = _choose(options, budget)
     types = {tensor: option.qtype for tensors, option in zip(units, chosen, strict=True) for tensor in tensors}
     return Assignment(types, sum(o.n_bytes for o in chosen), float(sum(o.error for o in chosen)), gap)
 
 
-def check_demands(table: ErrorTable, budget: int, constraints: Constraints | None = None) -> None:
+def check_demands(
+    table: ErrorTable, budget: int, constraints: Constraints | None = None, pins: Pins | None = None
+) -> None:
     """Raise what `solve` would raise, without solving: only sizes count, so any errors do that fall with the size."""
-    _demanded(table, budget, constraints or Constraints())
+    _demanded(table, budget, constraints or Constraints(), pins)
 
 
-def _demanded(table: ErrorTable, budget: int, constraints: Constraints) -> tuple[list[list[str]], list[list[_Option]]]:
+def _demanded(
+    table: ErrorTable, budget: int, constraints: Constraints, pins: Pins | None
+) -> tuple[list[list[str]], list[list[_Option]]]:
     """Units of tensors, and the options of each."""
     _check_patterns(table, constraints)
+    if pins is None:
+        pins = constraints.pins_of(table.by_tensor)
     units = list(_units(table, constraints).values())
-    options = [_undominated(_options(table, tensors, constraints)) for tensors in units]
+    options = [_undominated(_options(table, tensors, constraints, pins)) for tensors in units]
     least = sum(choices[0].n_bytes for choices in options)
     if budget < least:
         raise BudgetError(budget, least, sum(choices[-1].n_bytes for choices in options))
@@ -130,8 +146,8 @@ def _units(table: ErrorTable, constraints: Constraints) -> dict[object, list[str
     return units
 
 
-def _options(table: ErrorTable, tensors: Sequence[str], constraints: Constraints) -> list[_Option]:
-    allowed = [{row.qtype: row for row in _allowed(table, tensor, constraints)} for tensor in tensors]
+def _options(table: ErrorTable, tensors: Sequence[str], constraints: Constraints, pins: Pins) -> list[_Option]:
+    allowed = [{row.qtype: row for row in _allowed(table, tensor, constraints, pins)} for tensor in tensors]
     shared = set.intersection(*(set(rows) for rows in allowed))
     if not shared:
         raise InputError(f"tensors {', '.join(tensors)}: no type is allowed for all of them")
@@ -141,9 +157,9 @@ def _options(table: ErrorTable, tensors: Sequence[str], constraints: Constraints
     ]
 
 
-def _allowed(table: ErrorTable, tensor: str, constraints: Constraints) -> list[ErrorRow]:
+def _allowed(table: ErrorTable, tensor: str, constraints: Constraints, pins: Pins) -> list[ErrorRow]:
     rows = table.by_tensor[tensor]
-    pinned = constraints.pin_of(tensor)
+    pinned = pins.get(tensor)
     if pinned is not None:
         rows = tuple(row for row in rows if row.qtype == pinned)
         if not rows:

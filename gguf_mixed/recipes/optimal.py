@@ -4,11 +4,12 @@ The solver knows only the quantizable tensors' bytes; here the header, kept tens
 Not done: measuring the error table.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from gguf_mixed.error_table import ErrorRow, ErrorTable
+from gguf_mixed.error_table import ErrorRow, ErrorTable, Pins
 from gguf_mixed.errors import InputError
 from gguf_mixed.file_size import header_bytes, metadata_changes
 from gguf_mixed.header import pad
@@ -34,7 +35,7 @@ class Budget:
             raise InputError(f"budget: got {self.bpw} bits a weight, expected more than 0 and at most {MOST_BPW}")
 
     def __str__(self) -> str:
-        return f"{self.bpw:.4g} bpw" if self.bpw is not None else f"a file of {self.file_bytes:,} bytes"
+        return f"{self.bpw:.6g} bpw" if self.bpw is not None else f"a file of {self.file_bytes:,} bytes"
 
     def bpw_of(self, inventory: Inventory) -> float:
         """Bits a weight; of a file's size, with the header counted in."""
@@ -52,9 +53,12 @@ class Budget:
         return self.file_bytes - _overhead(material, table)
 
     def holding(self, n_bytes: int, material: Material, table: ErrorTable) -> "Budget":
-        """The least budget of this kind with `n_bytes` for quantizable tensors."""
+        """The least budget of this kind with `n_bytes` for quantizable tensors; of bits, in thousandths."""
         if self.bpw is not None:
-            return Budget(bpw=8 * (n_bytes + _kept_bytes(material)) / material.inventory.n_elements)
+            thousandths = math.ceil(8000 * (n_bytes + _kept_bytes(material)) / material.inventory.n_elements)
+            found = Budget(bpw=thousandths / 1000)
+            enough = found.of_tensors(material, table) >= n_bytes  # not where a product was rounded down
+            return found if enough else Budget(bpw=(thousandths + 1) / 1000)
         return Budget(file_bytes=n_bytes + _overhead(material, table))
 
 
@@ -68,10 +72,11 @@ def optimal(material: Material, table: ErrorTable, budget: Budget, constraints: 
         InputError: the table is of another model, the budget is impossible (says the least and most), or see `solve`.
     """
     usable = _usable(material, table)
+    pins = (constraints or Constraints()).pins_of(usable.by_tensor)
     with _in_terms_of(budget, material, usable):
-        found = solve(usable, budget.of_tensors(material, usable), constraints)
+        found = solve(usable, budget.of_tensors(material, usable), constraints, _written(material, pins))
     errors = {row.tensor: row.error for row in usable if found.types[row.tensor] is row.qtype}
-    return Choice(found.types, {"budget": str(budget), "gap": found.gap}, errors)
+    return Choice({**found.types, **pins}, {"budget": str(budget), "gap": found.gap}, errors)
 
 
 def check_feasible(
@@ -79,8 +84,9 @@ def check_feasible(
 ) -> None:
     """Raise what `optimal` would raise, without solving: only the table's sizes count, so its errors may be guessed."""
     usable = _usable(material, table)
+    pins = (constraints or Constraints()).pins_of(usable.by_tensor)
     with _in_terms_of(budget, material, usable):
-        check_demands(usable, budget.of_tensors(material, usable), constraints)
+        check_demands(usable, budget.of_tensors(material, usable), constraints, _written(material, pins))
 
 
 @contextmanager
@@ -90,6 +96,11 @@ def _in_terms_of(budget: Budget, material: Material, table: ErrorTable) -> Itera
     except BudgetError as error:
         least, most = (budget.holding(size, material, table) for size in (error.least, error.most))
         raise InputError(f"budget: got {budget}, expected {least} (the least possible) to {most} (the most)") from error
+
+
+def _written(material: Material, pins: Pins) -> Pins:
+    """What llama-quantize writes in the place of types that are asked for, where rows do not fit them."""
+    return {name: material.inventory.tensors[name].written_type(qtype) for name, qtype in pins.items()}
 
 
 def _kept_bytes(material: Material) -> int:

@@ -243,3 +243,26 @@ def test_a_damaged_cache_is_refused(tmp_path):
     path.write_text(path.read_text() + "{}\n")
     with pytest.raises(InputError, match="damaged: b'{}'; remove it"):
         ErrorCache(path)
+
+
+def test_an_anchor_that_needs_an_imatrix_where_there_is_none(quantizers, moe):
+    """As in an imatrix of blocks alone: the divergence was measured with one, and anchors the tensor all the same."""
+    of = of_marginals(anchor=Anchor(0.25, T.IQ2_XXS))
+    table = measure(moe, quantizers, of, types=[T.Q4_0, T.Q8_0])
+    embeddings = "token_embd.weight"
+    assert moe.tensors[embeddings].requires_imatrix(T.IQ2_XXS)
+    assert 0 < error_at(table, embeddings, T.Q8_0) < error_at(table, embeddings, T.Q4_0) < 0.25
+
+
+def test_other_experts_are_other_weights(quantizers, tmp_path):
+    """Of one shape under one name, with the same first expert: as after two prunes to as many."""
+    listed = [(EXPERTS, (256, 512, 3), F32)]
+    path, cache = write_gguf(tmp_path / "m.gguf", listed, random_weights=True), tmp_path / "errors.jsonl"
+    inventory = read_inventory(path)
+    measure(inventory, quantizers, uniform(), types=[T.Q4_0], cache=cache)
+    tensor = inventory.tensors[EXPERTS]
+    stored = np.memmap(path, np.float32, "r+", tensor.start, (3, 512, 256))
+    stored[2] *= 2
+    stored.flush()
+    again = measure(inventory, quantizers, uniform(), types=[T.Q4_0], cache=cache)
+    assert again == measure(inventory, quantizers, uniform(), types=[T.Q4_0])

@@ -1,6 +1,8 @@
 """`gguf-mixed plan --recipe optimal`: what is recorded of a plan, and one line for everything it refuses."""
 
+import contextlib
 import json
+import re
 import struct
 from functools import partial
 
@@ -12,6 +14,7 @@ from gguf_files import BF16, write_gguf
 from quantize_runs import with_imatrices
 from safetensors.numpy import save_file
 
+from gguf_mixed.error_cache import ErrorCache
 from gguf_mixed.fisher import Fisher, Marginals, write_fisher
 from gguf_mixed.recipes.base import quantizable
 from gguf_mixed.sensitivity import rows_of_matrix
@@ -109,7 +112,7 @@ def run(files, monkeypatch):
         ("model.gguf --bpw inf", "budget: got inf bits a weight, expected more than 0 and at most 64"),
         ("model.gguf --size 1XB", "size '1XB': expected a positive number with a unit, such as 14GiB or 9.8GB"),
         ("model.gguf --size 0", "size '0': expected a positive number with a unit"),
-        ("model.gguf --bpw 1", "budget: got 1 bpw, expected 4.9 bpw (the least possible) to 16.44 bpw (the most)"),
+        ("model.gguf --bpw 1", "budget: got 1 bpw, expected 4.901 bpw (the least possible) to 16.444 bpw (the most)"),
         ("model.gguf --size 1kB", "budget: got a file of 1,000 bytes, expected a file of 92,480 bytes (the least pos"),
     ],
 )
@@ -189,3 +192,41 @@ def test_without_a_place_for_the_cache(run, files, tmp_path, monkeypatch):
     code, output, errors = run(*arguments, "--sensitivity", "fisher.safetensors", "--cache", tmp_path / "file" / "x")
     assert (code, output) == (2, "")
     assert errors.startswith(f"error: {tmp_path / 'file' / 'x'}: cannot be written: ") and errors.count("\n") == 1
+
+
+def test_another_run_with_the_default_cache(run, files, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    arguments = ["model.gguf", "--recipe", "optimal", "--bpw", 9, "--types", "q4_0,q8_0", "--rows", 4]
+    arguments += ["--sensitivity", "fisher.safetensors"]
+    assert run(*arguments)[0] == 0
+    (cache,) = tmp_path.rglob("*.jsonl")
+    with contextlib.closing(ErrorCache(cache)):
+        code, _, errors = run(*arguments)
+        assert (code, errors.count("\n")) == (0, 1)
+        assert errors.startswith(f"note: measured errors are not kept, unless with --cache FILE: {cache}: another run")
+        code, output, errors = run(*arguments, "--cache", cache)
+        assert (code, output) == (2, "") and errors.startswith(f"error: {cache}: another run")
+
+
+@pytest.mark.parametrize("source", ["model.gguf", "header.gguf"])
+def test_a_pinned_type_that_rows_do_not_fit(source, run, files, tmp_path):
+    """As llama-quantize and all recipes do: what falls back is written in its place, and told."""
+    tensors = read_inventory(files / "model.gguf").tensors
+    name = next(name for name, tensor in tensors.items() if not tensor.kept_because and tensor.row_length % 256)
+    written = tensors[name].written_type(GGMLQuantizationType.Q4_K).name.lower()
+    arguments = ["--recipe", "optimal", "--bpw", 9, "--rows", 4, "--cache", tmp_path / "errors.jsonl"]
+    code, _, errors = run(source, *arguments, "--types", "q8_0", "--pin", f"^{re.escape(name)}$=q4_k")
+    assert code == 0, errors
+    content = sidecar(files)
+    assert (content["types"][name], written != "q4_k") == (written, True)
+    assert {"tensor": name, "requested": "q4_k", "written": written} in content["fallbacks"]
+
+
+def test_the_least_that_a_message_names_is_accepted(run, files):
+    arguments = ["header.gguf", "--recipe", "optimal"]
+    for types in ("q8_0", "q5_0", "q6_k,q5_1", "q4_1,q8_0"):
+        code, _, errors = run(*arguments, "--bpw", 1, "--types", types)
+        least = re.search(r"expected ([\d.]+) bpw \(the least possible\)", errors)[1]
+        assert code == 2
+        code, _, errors = run(*arguments, "--bpw", least, "--types", types)
+        assert code == 0, errors

@@ -142,3 +142,16 @@ def test_tables_that_cannot_be_are_refused(tmp_path, lines, message):
 def test_a_table_that_cannot_be_read_is_refused(tmp_path):
     with pytest.raises(InputError, match="none.csv: cannot be read"):
         measured_table(tmp_path / "none.csv")
+
+
+def test_no_tensor_is_free(tmp_path):
+    """What comes out at zero or below counts as the noise; without a row of noise, as the least that came out above."""
+    path = table_of(tmp_path, HEADER, "q8_0,0.0005,0.0007", "q3_k,0.05,-0.0003")
+    assert [measured_table(path).of(tensor).anchor.nats for tensor in (QUERY, EXPERTS)] == [0.05, pytest.approx(0.0006)]
+    path = table_of(tmp_path, HEADER, "q3_k,0.05,0")
+    assert measured_table(path, force=True).of(EXPERTS).anchor.nats == 0.05
+    path = table_of(tmp_path, HEADER, "q8_0,0,0", "q3_k,0,0")
+    with pytest.raises(InputError, match="median divergence 0 at the coarsest type"):
+        measured_table(path)
+    with pytest.raises(InputError, match=r"kld\.csv: no divergence is above zero"):
+        measured_table(path, force=True)
