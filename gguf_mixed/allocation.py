@@ -4,6 +4,7 @@ The table is measured once and serves every budget; of a model whose weights are
 prior. Types that hardly any plan would choose are left out unless they are asked for.
 """
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from gemma4q_kernels.ggml import QUANTIZABLE_TYPES, GGMLQuantizationType, bits_per_weight
 
-from gguf_mixed.atomic_file import WriteError, check_place, refusals
+from gguf_mixed.atomic_file import WriteError, refusals
 from gguf_mixed.error_cache import ErrorCache
 from gguf_mixed.error_table import ErrorRow, ErrorTable, Pins, check_source, usable_types
 from gguf_mixed.llama_cpp import cache_folder
@@ -87,13 +88,13 @@ def error_table(
 
     Raises:
         InputError: see `load_quantizers` and `measure`, or `prior_errors`; a pattern that is no regular expression, a
-            cache named by the user whose folder cannot be made.
+            cache named by the user that cannot be made or that another run has.
     """
     pins = _pins(material.inventory, constraints or Constraints())
     if material.inventory.header_only:
         return prior_errors(material.inventory, sensitivity, material.imatrix, types, pins)
-    cache = _default_cache(material.inventory) if how.cache is None else _named_cache(how.cache)
-    with executor(how.where, by_core=True) as workers:
+    opened = _default_cache(material.inventory) if how.cache is None else _opened(how.cache)
+    with contextlib.closing(opened) as cache, executor(how.where, by_core=True) as workers:
         return measure(
             material.inventory,
             load_quantizers(material.llama_cpp),
@@ -153,21 +154,18 @@ def _pins(inventory: Inventory, constraints: Constraints) -> Pins:
     return constraints.pins_of(tensor.name for tensor in quantizable(inventory))
 
 
-def _named_cache(path: Path) -> Path:
-    """A cache that the user asks for, and its folder. Raises WriteError: the folder cannot be made."""
+def _opened(path: Path) -> ErrorCache:
+    """A cache, and its folder made. Raises WriteError: one of them cannot be written, or another run has it."""
     with refusals(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+    return ErrorCache(path)
 
 
-def _default_cache(inventory: Inventory) -> Path | None:
-    """The user's cache; none, with a note, where that cannot be written, as in containers without a home, or where
-    another run has it."""
+def _default_cache(inventory: Inventory) -> ErrorCache:
+    """The user's cache; one without a file, with a note, where that cannot be written, as in containers without a home,
+    or where another run has it."""
     try:
-        path = _named_cache(cache_folder().with_name("errors") / f"{header_sha256(inventory)[:16]}.jsonl")
-        check_place(path)
-        ErrorCache(path).close()
+        return _opened(cache_folder().with_name("errors") / f"{header_sha256(inventory)[:16]}.jsonl")
     except WriteError as error:
         print(f"note: measured errors are not kept, unless with --cache FILE: {error}", file=sys.stderr)
-        return None
-    return path
+        return ErrorCache(None)

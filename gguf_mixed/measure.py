@@ -85,7 +85,7 @@ def measure(
     types: Sequence[GGMLQuantizationType] | None = None,
     sampling: Sampling = Sampling(),
     threads: int = 1,
-    cache: Path | None = None,
+    cache: ErrorCache | Path | None = None,
     progress: bool = False,
     workers: Executor | None = None,
     pins: Pins | None = None,
@@ -100,7 +100,7 @@ def measure(
         types: only these, or what llama-quantize writes in their place where rows do not fit; None for all.
         sampling: which rows.
         threads: tensors measured at once; each holds a few hundred rows.
-        cache: file that keeps results; made where it is missing.
+        cache: file that keeps results, made where it is missing; an open one is closed at the end.
         progress: show a bar on the error stream.
         workers: measure tensors, to the same errors; None: threads of this process do.
         pins: see `Pins`.
@@ -117,7 +117,7 @@ def measure(
     asked = quantizers.types if types is None else types
     tensors = [tensor for tensor in inventory.tensors.values() if not tensor.kept_because]
     library = hashlib.sha256(quantizers.library.read_bytes()).digest()
-    kept = ErrorCache(cache)
+    kept = cache if isinstance(cache, ErrorCache) else ErrorCache(cache)
 
     found: dict[str, list[ErrorRow]] = {}
     waiting: dict[int, tuple[_Job, str]] = {}

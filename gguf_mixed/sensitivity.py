@@ -174,7 +174,9 @@ def measured_table(path: Path, force: bool = False) -> Sensitivity:
             within NOISE_MARGIN of the signal.
     """
     table = _read_table(path)
-    floor = table.pop(_NOISE_TYPE, None)
+    found = table.pop(_NOISE_TYPE, None)
+    # What comes out below zero there is as far off as what comes out above.
+    floor = None if found is None else {name: abs(value) for name, value in found.items()}
     if not table:
         raise InputError(f"{path.name}: no type coarser than {_NOISE_TYPE.name}")
     at = min(table, key=bits_per_weight)
@@ -229,5 +231,5 @@ def _read_table(path: Path) -> dict[GGMLQuantizationType, dict[str, float]]:
             raise InputError(f"{path.name}: {line[0]}: {len(values)} values for {len(names)} tensors, or a second time")
         if not np.isfinite(values).all():
             raise InputError(f"{path.name}: {line[0]}: a divergence is not finite")
-        table[qtype] = {name: max(value, 0.0) for name, value in zip(names, values, strict=True)}
+        table[qtype] = dict(zip(names, values, strict=True))
     return table

@@ -27,6 +27,7 @@ from vllm_gemma4q.errors import InputError
 
 FLOATS = ("BF16", "F16", "F32")
 WEIGHT_SCALE = "weight_scale"
+RESTORE = "`gemma4q restore QUANT BASE DST` mends it"
 # How files name the weight scales of a fused expert tensor, after the tensor's own name.
 FUSED_WEIGHT_SCALES = (".weight_scale", "_weight_scale", "_scale", ".scale")
 

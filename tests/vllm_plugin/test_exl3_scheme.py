@@ -1,10 +1,13 @@
 """Which EXL3 checkpoints are claimed."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from vllm_plugin.test_scheme import GEMMA4, GEMMA4_TEXT, LLAMA, QUARK_013
 
+from vllm_gemma4q.exl3.facts import Packed
 from vllm_gemma4q.exl3.scheme import METHOD_NAME, claims
 
 # As ExLlamaV3 writes it; old files know no codebook.
@@ -50,3 +53,18 @@ def test_registering_twice_changes_nothing() -> None:
     assert get_quantization_config(METHOD_NAME) is Exl3Config
     assert Exl3Config.override_quantization_method(EXL3, None, hf_config=GEMMA4) == METHOD_NAME
     assert Exl3Config.override_quantization_method(EXL3, None, hf_config=LLAMA) is None
+
+
+def test_an_output_layer_beside_a_drafts_own() -> None:
+    """vLLM's second model runner compares them, to share what is equal."""
+    utils = pytest.importorskip("vllm.v1.worker.gpu.spec_decode.eagle.utils")
+
+    from vllm_gemma4q.exl3.lm_head import Exl3LMHeadMethod
+
+    packed = Packed(128, 256, 64, "mcg")
+    layer, draft = torch.nn.Module(), torch.nn.Linear(128, 256, bias=False)
+    layer.tp_rank, layer.tp_size = 0, 1  # type: ignore[assignment]
+    Exl3LMHeadMethod([packed]).create_weights(layer, 128, [256], 128, 256, torch.bfloat16)
+    owner = SimpleNamespace(has_own_lm_head=True)
+    assert utils._should_share(owner, "has_own_lm_head", draft, layer) is False
+    assert "weight" not in layer.state_dict()

@@ -27,7 +27,11 @@ def layer() -> SimpleNamespace:
 
     return SimpleNamespace(
         layer_name="model.layers.0.experts",
-        moe_config=SimpleNamespace(moe_parallel_config=SimpleNamespace(enable_eplb=False)),
+        moe_config=SimpleNamespace(
+            moe_parallel_config=SimpleNamespace(enable_eplb=False), is_lora_enabled=False, is_act_and_mul=True
+        ),
+        intermediate_size_per_partition=INNER,
+        local_num_experts=EXPERTS,
         w13_weight=codes(EXPERTS, 2 * INNER, HIDDEN),
         w13_weight_scale=scales(factors * 2e-3),
         w13_input_scale=scales(torch.full((EXPERTS,), 0.01)),
@@ -67,25 +71,45 @@ def test_one_expert_is_unchanged_by_folding(layer: SimpleNamespace) -> None:
     assert rms_error(_run(*folded, w2_input.max()), expected) > BOUND
 
 
-def test_what_the_engines_kernel_is_given(layer: SimpleNamespace) -> None:
-    """Weights keep their codes, and the answer moves by what rounding the intermediate elsewhere moves it, no more."""
+def _given_to_the_kernel(layer: SimpleNamespace) -> list[torch.Tensor]:
+    from vllm.model_executor.layers.quantization.fp8 import Fp8Config
+
     from vllm_gemma4q.fp8_static.moe import FoldedFp8MoEMethod
 
     given: list[torch.Tensor] = []
 
     class Recorder(FoldedFp8MoEMethod):
-        def __init__(self) -> None:
-            pass  # the upstream method looks for a GPU's kernel
+        def __init__(self) -> None:  # the upstream method looks for a GPU's kernel
+            self.quant_config = Fp8Config(is_checkpoint_fp8_serialized=True, activation_scheme="static")
+            self.moe, self.block_quant, self.weight_scale_name = layer.moe_config, False, "weight_scale"
 
         def _setup_kernel(self, layer: object, *tensors: torch.Tensor) -> None:
             given.extend(tensors)
 
+    Recorder().process_weights_after_loading(layer)  # type: ignore[arg-type]
+    return given
+
+
+def test_what_adapters_meet_has_its_true_scale(layer: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where LoRA is enabled nothing is folded: vLLM rounds gate and up to the larger of their scales."""
+    from vllm.model_executor.layers.quantization.utils import fp8_utils
+
+    def rounded(values: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (values / scale).to(E4M3), scale
+
+    monkeypatch.setattr(fp8_utils.ops, "scaled_fp8_quant", rounded)  # GPUs' operation, as it is defined
+    layer.moe_config.is_lora_enabled = True
+    _, _, w13_scale, w2_scale, _, w2_input = _given_to_the_kernel(layer)
+    assert torch.equal(w13_scale, layer.w13_weight_scale.max(dim=1).values)
+    assert torch.equal(w2_scale, layer.w2_weight_scale) and torch.equal(w2_input.max(), layer.w2_input_scale.max())
+
+
+def test_what_the_engines_kernel_is_given(layer: SimpleNamespace) -> None:
+    """Weights keep their codes, and the answer moves by what rounding the intermediate elsewhere moves it, no more."""
     expected = _as_stored(layer, layer.w2_input_scale.max())
     elsewhere = _as_stored(layer, layer.w2_input_scale.max() * 1.3)
     stored = layer.w13_weight.data.clone(), layer.w2_weight.data.clone()
-    method = Recorder()
-    method.process_weights_after_loading(layer)  # type: ignore[arg-type]
-    w13, w2, w13_scale, w2_scale, w13_input, w2_input = given
+    w13, w2, w13_scale, w2_scale, w13_input, w2_input = _given_to_the_kernel(layer)
     assert torch.equal(w13.float(), stored[0].float()) and torch.equal(w2.float(), stored[1].float())
     assert w13_scale.shape == w2_scale.shape == (EXPERTS,)
     got = rms_error(_run(w13, w13_scale, w2, w2_scale, w13_input.max(), w2_input.max()), expected)

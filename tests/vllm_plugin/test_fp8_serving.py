@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tolerances import FP8_DEFINITION, FP8_DIVERGENCE, FP8_RANKS
 from vllm_plugin import fp8_checkpoints as fp8
@@ -263,3 +264,11 @@ def test_a_scale_of_zero_is_refused(dense: Family, tmp_path: Path) -> None:
     folder = fp8.variant(dense.variants["fp8"], tmp_path / "zero", lambda tensors: tensors | {name: tensors[name] * 0})
     with pytest.raises(EngineError, match=r"o_proj\.input_scale: got 0, expected a positive number"):
         ask_all([Request(folder, [[2, 3, 4]])])
+
+
+def test_dummy_weights(dense: Family, moe: Family, questions: Questions) -> None:
+    """With which speed and memory are measured: vLLM's loader makes the scales up, too."""
+    requests = [Request(family.variants["fp8"], questions.prompts[:1], engine={"load_format": "dummy"})
+                for family in (dense, moe)]  # fmt: skip
+    for answers in ask_all(requests):
+        assert np.isfinite(answers.logprobs[0]).all() and len(answers.tokens[0])

@@ -52,3 +52,12 @@ def test_weights_are_not_loaded_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rms_error(method.apply(head, x), head(x)) <= INT8_AGAINST_BF16  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match=r"^GEMMA4Q_INT8_LM_HEAD: got weights for a model that is loaded, .*$"):
         model.load_weights([])
+
+
+def test_a_layer_that_a_pooling_model_left_out() -> None:
+    """vLLM moves it to the meta device, and asks every layer to get ready."""
+    from vllm_gemma4q.quark_int8.lm_head import Int8LMHeadMethod
+
+    method = Int8LMHeadMethod()
+    method.process_weights_after_loading(torch.nn.Linear(64, 48, device="meta"))  # type: ignore[arg-type]
+    assert method.linear is None

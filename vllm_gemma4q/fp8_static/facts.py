@@ -17,6 +17,7 @@ from vllm_gemma4q.fp8_static.ignore import IgnoreList
 from vllm_gemma4q.module_headers import (
     FLOATS,
     FUSED_WEIGHT_SCALES,
+    RESTORE,
     WEIGHT_SCALE,
     Header,
     Kind,
@@ -28,7 +29,6 @@ from vllm_gemma4q.module_headers import (
 
 CODES = frozenset({WEIGHT_DTYPE, "F8_E5M2"})
 FUSED_INPUT_SCALES = (".input_scale", "_input_scale")
-RESTORE = "`gemma4q restore QUANT BASE DST` mends it"
 
 _SCALE = re.compile(r"(?:[._]weight_scale|[._]input_scale|\.(?:gate_up_proj|down_proj)_scale)$")
 _EXPERTS = re.compile(r"^(layers\.\d+\.experts)(?=\.)")

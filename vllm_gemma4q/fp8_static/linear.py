@@ -27,13 +27,16 @@ from vllm.model_executor.layers.quantization.utils.fp8_utils import (
     create_fp8_weight_parameter,
 )
 from vllm.model_executor.parameter import ChannelQuantScaleParameter
-from vllm.model_executor.utils import replace_parameter
+from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 from vllm.platforms import current_platform
 
 from vllm_gemma4q.errors import InputError
 
 if TYPE_CHECKING:
     from vllm_gemma4q.fp8_static.config import Fp8StaticConfig
+
+# What `--load-format dummy` gives scales: else small numbers of either sign (vLLM 0.32; older ones know no such wish).
+DUMMY_SCALE = {"dummy_weight_value": 1.0}
 
 
 def engine_has_kernels() -> bool:
@@ -81,6 +84,8 @@ class DecodedFp8(CompressedTensorsScheme):
         layer.register_parameter("weight", weight)
         layer.register_parameter("weight_scale", weight_scale)
         layer.register_parameter("input_scale", create_fp8_input_scale(output_partition_sizes, weight_loader))
+        for scale in (layer.weight_scale, layer.input_scale):
+            set_weight_attrs(scale, DUMMY_SCALE)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         weight, weight_scale, input_scale = (

@@ -20,11 +20,11 @@ from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEM
 from vllm.model_executor.layers.quantization.fp8 import Fp8Config, Fp8MoEMethod
 from vllm.model_executor.layers.quantization.utils.fp8_utils import process_fp8_input_tensor_strategy_moe
 from vllm.model_executor.layers.quantization.utils.w8a8_utils import normalize_e4m3fn_to_e4m3fnuz
-from vllm.model_executor.utils import replace_parameter
+from vllm.model_executor.utils import replace_parameter, set_weight_attrs
 from vllm.platforms import current_platform
 
 from vllm_gemma4q.compat import weights_are_prepared
-from vllm_gemma4q.fp8_static.linear import check_scales, engine_has_kernels
+from vllm_gemma4q.fp8_static.linear import DUMMY_SCALE, check_scales, engine_has_kernels
 from vllm_gemma4q.moe_method import OwnMoEMethod
 
 _SCALES = ("w13_weight_scale", "w2_weight_scale", "w13_input_scale", "w2_input_scale")
@@ -70,7 +70,15 @@ def fold_up_scale(
 
 
 class FoldedFp8MoEMethod(Fp8MoEMethod):
-    """vLLM's method, without its second rounding of gate and up."""
+    """vLLM's method, without its second rounding of gate and up; with it where LoRA is enabled.
+
+    Adapters of experts add to what is between the two multiplications, and read it, at its true scale.
+    """
+
+    def create_weights(self, layer: RoutedExperts, *args: Any, **kwargs: Any) -> None:
+        super().create_weights(layer, *args, **kwargs)
+        for name in _SCALES:
+            set_weight_attrs(getattr(layer, name), DUMMY_SCALE)
 
     def process_weights_after_loading(self, layer: RoutedExperts) -> None:
         if weights_are_prepared():  # already folded by another process: only the kernel is missing
@@ -78,6 +86,9 @@ class FoldedFp8MoEMethod(Fp8MoEMethod):
             return
         for name in _SCALES:
             check_scales(layer.layer_name, name, getattr(layer, name))
+        if layer.moe_config.is_lora_enabled:
+            super().process_weights_after_loading(layer)
+            return
         w13, w2 = layer.w13_weight.data, layer.w2_weight.data
         w13_input = layer.w13_input_scale.data
         w13_scale, w2_scale, w2_input = fold_up_scale(
@@ -99,6 +110,11 @@ class DecodedFp8MoEMethod(OwnMoEMethod):
     def __init__(self, moe: FusedMoEConfig, by_channel: bool) -> None:
         super().__init__(moe, "FP8 experts without FP8 kernels", fp8_scaled_mm.E4M3)
         self.by_channel = by_channel
+
+    def create_weights(self, layer: RoutedExperts, *args: Any, **kwargs: Any) -> None:
+        super().create_weights(layer, *args, **kwargs)
+        for name in _SCALES:
+            set_weight_attrs(getattr(layer, name), DUMMY_SCALE)
 
     def scales(self, name: str, num_experts: int, rows: int) -> dict[str, tuple[int, ...]]:
         whole = (num_experts, 2) if name == "w13" else (num_experts,)

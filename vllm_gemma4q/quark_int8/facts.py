@@ -12,6 +12,7 @@ from vllm_gemma4q.errors import InputError
 from vllm_gemma4q.module_headers import (
     FLOATS,
     FUSED_WEIGHT_SCALES,
+    RESTORE,
     WEIGHT_SCALE,
     Header,
     Kind,
@@ -118,6 +119,8 @@ class _Reader(ModuleReader):
             role = role_of(name)
             is_rounded = name.endswith(".weight") and header.dtype not in FLOATS
             if role in _UNTOUCHED and (is_rounded or name.endswith(f".{WEIGHT_SCALE}")):
-                raise InputError(f"tensor {name}: got {header.dtype}, expected {FLOATS[0]}: {role} is never quantized")
+                raise InputError(
+                    f"tensor {name}: got {header.dtype}, expected {FLOATS[0]}: {role} is never quantized; {RESTORE}"
+                )
             if role in LINEAR_ROLES and name.endswith((".input_scale", ".input_zero_point")):
                 raise InputError(f"tensor {name}: got a static activation scale, expected none (dynamic per token)")

@@ -63,6 +63,8 @@ class Int8LMHeadMethod(UnquantizedEmbeddingMethod):
 
     def process_weights_after_loading(self, layer: ParallelLMHead) -> None:
         weight = layer.weight.data
+        if weight.is_meta:  # a pooling model, which has no use for it
+            return
         self.linear = pack_linear(*quantize_per_channel(weight), out_dtype=weight.dtype, rows=1).linear
 
     def apply(self, layer: ParallelLMHead, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
