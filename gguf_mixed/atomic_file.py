@@ -52,14 +52,17 @@ def check_place(path: Path) -> None:
         partial.unlink()
 
 
-def check_not_read(path: Path, inputs: Iterable[Path | str]) -> None:
-    """Refuse to put a result in the place of a file that the same command reads; names that are no files are passed.
+def check_not_read(path: Path, inputs: Iterable[Path | str | None]) -> None:
+    """Refuse to put a result in the place of a file that the same command reads.
+
+    Args:
+        inputs: None and names that are no files are passed.
 
     Raises:
         InputError: `path` is one of them.
     """
-    for source in map(Path, inputs):
-        if path.exists() and source.exists() and path.samefile(source):
+    for source in inputs:
+        if source is not None and path.exists() and Path(source).exists() and path.samefile(source):
             raise InputError(f"{path.name}: is read and would be written over: another name")
 
 

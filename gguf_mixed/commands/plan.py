@@ -69,7 +69,7 @@ def command(
     if output.exists() and any(output.samefile(header.path) for header in inventory.headers):
         raise InputError(f"{output.name}: is the model itself")
     for path in (output, sidecar_path(output)):
-        check_not_read(path, [source for source in (imatrix, sensitivity) if source is not None])
+        check_not_read(path, [imatrix, sensitivity])
         check_place(path)
     divergence: float | None = None
     errors: str | None = None

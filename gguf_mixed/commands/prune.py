@@ -47,7 +47,7 @@ def command(
     source, sliced = _sliced_imatrix(prune, imatrix, imatrix_output)
     if not dry_run:
         _check_imatrix_output(model, output, imatrix, imatrix_output, overwrite)
-        check_not_read(output, [path for path in (drop_map, imatrix) if path is not None])
+        check_not_read(output, [drop_map, imatrix])
         check_output(prune, output, overwrite)
         _write(prune, output, sys.stderr.isatty())
         if sliced is not None and imatrix_output is not None:

@@ -56,7 +56,7 @@ def command(
     if dry_run:
         show(writing.description, report, as_json)
         return
-    check_not_read(output, [path for path in (overrides, imatrix) if path is not None])
+    check_not_read(output, [overrides, imatrix])
     differences = writing.run(_say, overwrite=overwrite, progress=sys.stderr.isatty())
     if differences:
         show("\n".join(differences), report | {"differences": differences}, as_json)

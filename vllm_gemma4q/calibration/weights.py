@@ -4,7 +4,6 @@ Only what is asked for is read; a file that ended early since its header was che
 by one are put into the fused arrays that transformers computes with.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from vllm_gemma4q.architecture import is_fused_experts
 from vllm_gemma4q.checkpoint import Checkpoint, TensorInfo
 from vllm_gemma4q.errors import InputError, reading
 
+_FIRST_LINEAR = ".self_attn.q_proj.weight"
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -105,9 +105,9 @@ def _pieces(buffer: memoryview, n_bytes: int = 1 << 26) -> Iterator[memoryview]:
         yield buffer[start : start + n_bytes]
 
 
-def dtype_of(checkpoint: Checkpoint, pattern: str = r"\.self_attn\.q_proj\.weight$") -> torch.dtype:
+def dtype_of(checkpoint: Checkpoint) -> torch.dtype:
     """The dtype that a checkpoint's linears are stored in."""
-    found = next((tensor.dtype for name, tensor in checkpoint.tensors.items() if re.search(pattern, name)), "")
+    found = next((tensor.dtype for name, tensor in checkpoint.tensors.items() if name.endswith(_FIRST_LINEAR)), "")
     if found not in TORCH_DTYPES:
         raise InputError(
             f"{checkpoint.folder}: got weights in {found or 'no dtype'}, expected {', '.join(TORCH_DTYPES)}"

@@ -61,8 +61,8 @@ class Options:
             raise InputError(f"per-channel weights: got scale rule {self.weights}, expected {Rule.ABSMAX}")
 
 
-def linears_to_quantize(source: Checkpoint) -> list[Linear]:
-    """In the order of the checkpoint.
+def linears_to_quantize(source: Checkpoint) -> dict[str, list[Linear]]:
+    """By their tensor's name, in the order of the checkpoint.
 
     Raises:
         InputError: not a Gemma 4, already quantized, or tensors are missing or have the wrong shape or dtype.
@@ -72,15 +72,14 @@ def linears_to_quantize(source: Checkpoint) -> list[Linear]:
         method = source.config["quantization_config"]
         raise InputError(f"config.json: already quantized ({method}), expected a BF16 checkpoint")
     check_unquantized(architecture, source.tensors)
-    found = linears_of_model(source.tensors, architecture, QUANTIZED_ROLES)
-    return [linear for linears in found.values() for linear in linears]
+    return linears_of_model(source.tensors, architecture, QUANTIZED_ROLES)
 
 
 def bytes_to_measure(source: Checkpoint, options: Options) -> int:
     """What `plan` will read, for a progress bar."""
     if options.granularity is Granularity.CHANNEL:
         return 0
-    return sum(n_bytes(linear) for linear in linears_to_quantize(source))
+    return sum(n_bytes(linear) for linears in linears_to_quantize(source).values() for linear in linears)
 
 
 def plan(
@@ -102,7 +101,8 @@ def plan(
         InputError: see `linears_to_quantize`, `check_same_model`, `input_scales` and `weight_scales`.
     """
     options = options or Options()
-    linears = linears_to_quantize(source)
+    by_tensor = linears_to_quantize(source)
+    linears = [linear for own in by_tensor.values() for linear in own]
     if options.granularity is Granularity.CHANNEL and any(role_of(n.module) is Role.EXPERTS for n in linears):
         raise InputError(f"weights {options.granularity}: vLLM takes experts with static inputs per tensor only")
     found = read_statistics(statistics)
@@ -111,13 +111,10 @@ def plan(
     weights = {}
     if options.granularity is Granularity.TENSOR:
         weights = weight_scales(linears, options.weights, progress, workers)
-    of_tensor: dict[str, list[Linear]] = {}
-    for linear in linears:
-        of_tensor.setdefault(linear.tensor.name, []).append(linear)
     steps = [
         step
         for tensor in source.tensors.values()
-        for step in _steps(tensor, of_tensor.get(tensor.name, ()), weights, inputs)
+        for step in _steps(tensor, by_tensor.get(tensor.name, ()), weights, inputs)
     ]
     ignored = unquantized_linears(source, {linear.module for linear in linears})
     config = {**source.config, "quantization_config": quantization_config(ignored, options.granularity)}
